@@ -1,0 +1,3989 @@
+#!/usr/bin/env -S bun --no-env-file --config=/dev/null
+/*
+ * edict: `edict HOST nix …` runs a Nix command on another machine as if it ran here.
+ *
+ *   argv ─parseArguments→ Invocation ─scan, map→ Plan ─upload, run→ Outcome ─results, sync back→ exit code
+ *
+ *   scan       which words of the command are local flakes and files, as Nix itself reads them
+ *   map        which source trees they need, and where these lie over there
+ *   upload     what changed since the last agreed state goes over by rsync
+ *   run        the command runs there; stdin, stdout, stderr and the exit code pass through
+ *   results    result links that it made are made here, after their closures came home
+ *   sync back  files that it changed come home, and never over an edit made here meanwhile
+ *
+ * Needed here: bash, ssh, rsync, tar; git for git trees; nix for results. Needed there: a POSIX sh with
+ * find, stat, awk, tar and friends, rsync, nix. Nothing of edict is installed over there.
+ *
+ * One file on purpose: copy it, read it, change it. What is exported is exported for the tests; it is no
+ * stable interface. Contents:
+ *
+ *    1 Help            7 Trees and map     13 Sync back
+ *    2 Types           8 Local state       14 Remote scripts
+ *    3 Main            9 Git copies        15 Session
+ *    4 Arguments      10 Upload            16 Ssh
+ *    5 Hosts          11 Run               17 Processes
+ *    6 Scan           12 Results           18 Files, messages and errors
+ */
+import fs from "node:fs"
+import os from "node:os"
+import path from "node:path"
+
+// ── 1. Help ─────────────────────────────────────────────────────────────────────────────────────────────
+
+export const VERSION = "0.1.0"
+
+export const USAGE = `edict ${VERSION}: run a Nix command on another machine as if it ran here
+
+usage: edict [options] HOST nix COMMAND…            any Nix command (also nix-build, nix-shell, nixos-rebuild, …)
+       edict [options] HOST FLAKEREF [-- ARGS…]     short for: nix run FLAKEREF -- ARGS
+       edict [options] nix COMMAND…                 on the default host (config "default", or $EDICT_HOST)
+
+HOST is a name of the host config, [user@]host, an alias of ssh_config, or ssh://[user@]host[:port].
+Options stand before HOST; everything after it belongs to the command.
+
+  --sync            bring the current directory along and its changes home, flake or not
+  --no-sync         bring no change home
+  -n, --dry-run     print the plan as the shell lines that would run; contacts no host, changes nothing
+  --json            print the plan of --dry-run as JSON
+  --report FILE     write what happened as JSON: host, exit code, times, result links, changed files
+  --allow-mass-delete   let the command delete more than half of the tracked files here, too
+  -v                trace every command with its time; -vv: what the remote side answers too
+  -q, --quiet       say nothing but errors
+  --tty, --no-tty   force / forbid a remote terminal (default: if stdin, stdout and stderr are one)
+  -A, --forward-agent   forward the ssh agent (for private inputs)
+  -o OPTION, -p PORT, -i FILE, -F FILE, -J HOST     handed to ssh, as ssh takes them
+  --config FILE     instead of $XDG_CONFIG_HOME/edict/config.toml
+  --help, --version
+
+examples:
+  edict root@big nix build .#my-package       result -> /nix/store/… here
+  edict root@big nix flake update .           flake.lock changes here
+  edict root@big nix run .#integration-test   runs there, exit code here
+  edict root@big .#bump-versions              nix run, and the files that it changes come home
+
+environment: EDICT_HOST (default host), EDICT_CONFIG (like --config)
+
+exit codes: the command's own; 255 ssh failed; 254 edict failed (usage, config, upload, retrieval, conflict);
+128+n when signal n ended it (130 on Ctrl-C)
+`
+
+// ── 2. Types: argv → Invocation → Plan → Report ─────────────────────────────────────────────────────────
+
+type Env = Readonly<Record<string, string | undefined>>
+
+/** What the user typed; nothing is looked up yet. */
+export type Options = Readonly<{
+  sync: "auto" | "always" | "never"
+  action: "run" | "dry-run" | "help" | "version"
+  json: boolean
+  verbosity: number // -1 quiet, 0, 1 trace, 2 trace and remote answers
+  tty: "auto" | "always" | "never"
+  allowMassDelete: boolean
+  report?: string
+  config?: string
+  sshOptions: readonly string[]
+}>
+
+/** `hosts` is undefined when the command runs on the default host; `command` starts with a program's name. */
+export type Invocation = Readonly<{ options: Options; host?: string; command: readonly string[] }>
+
+/** A machine that commands run on, as the host config and the command line describe it. */
+export type Host = Readonly<{
+  name: string
+  destination: string // [user@]host, for ssh and rsync
+  sshOptions: readonly string[]
+  directory: string // where trees live over there, relative to the home directory or absolute
+  env: Readonly<Record<string, string>>
+  requireSignatures: boolean
+  systems: readonly string[]
+  features: readonly string[]
+  speed: number
+  tags: readonly string[]
+}>
+
+/**
+ * A source tree that travels. `git`: what git tracks and does not ignore, and a slim copy of .git.
+ * `directory`: exactly this directory. `file`: one file. `output`: a path that the command may create.
+ */
+export type Tree = Readonly<{
+  id: string
+  kind: "git" | "directory" | "file" | "output"
+  local: string // absolute path here
+  remote: string // below the host's directory
+  history: "head" | "full" // how much of the git history travels
+  comesHome: "all" | "lock-file" | "nothing"
+  input?: string // set for a locked input: the name under which it is added to the store over there
+}>
+
+/** A word of the command that names something here. */
+export type MappedReference = Readonly<{ index: number; word: string; kind: string; rewritten: string }>
+
+/** Everything that was looked up. After this nothing is decided, only done. */
+export type Plan = Readonly<{
+  host: Host
+  options: Options
+  stateful: boolean
+  implicit: boolean
+  references: readonly MappedReference[]
+  trees: readonly Tree[]
+  cwd: Readonly<{ local: string; remote: string }>
+  linkDirectories: readonly Readonly<{ local: string; remote: string }>[] // where result links may appear
+  storePaths: readonly string[] // store paths that the command names by a link here
+  command: readonly RemoteWord[]
+  root: string // where this machine's trees are over there
+  system?: string
+}>
+
+/**
+ * A word of the command over there. `home` words stand for `prefix` + absolute path of `home` + `suffix`;
+ * `update` is a positional of `nix flake update`: a flake before Nix 2.19, an input's name since.
+ */
+export type RemoteWord =
+  string | Readonly<{ prefix: string; home: string; suffix: string }> | Readonly<{ update: string }>
+
+/** A path inside a tree, byte by byte: each character is one byte (latin1). */
+type Name = string
+
+/** One path of a tree. `identity` is what stat says (inode, size, mtime, ctime); "" is never trusted. */
+export type Entry = Readonly<{
+  type: "file" | "link" | "directory"
+  mode: number
+  identity: string
+  hash: string
+}>
+
+/**
+ * The last state of a tree that both sides agreed on; `token` names it on both sides. After changes came home the
+ * other side may not have heard of it yet, and still call it `previous`.
+ */
+export type Manifest = Readonly<{
+  token: string
+  previous?: string
+  entries: ReadonlyMap<Name, Entry>
+  pruned: readonly Name[]
+}>
+
+/** A path of a tree as it is here now, and where its bytes are read from (.git comes from a copy). */
+type Source = Readonly<{ name: Name; root: string; inner: Name; seen: string; entry: Entry }>
+
+/** A tree during a run, and the state of it that both sides agree on. */
+type TreeState = Readonly<{ tree: Tree; manifest: Manifest }>
+
+/** What has to go over so that the remote tree equals the local one. */
+export type Delta = Readonly<{
+  send: readonly Source[]
+  remove: readonly Name[]
+  removeDirectories: readonly Name[]
+}>
+
+/** One path that the command created, changed or deleted over there. */
+export type Change = Readonly<{
+  name: Name
+  what: "created" | "changed" | "deleted"
+  type: "file" | "link" | "directory" | "other"
+  mode: number
+  modeOnly: boolean
+  target?: string // text of a symbolic link
+}>
+
+export type ResultLink = Readonly<{ link: string; target: string }>
+
+/** What became of one change here. */
+export type Applied = Readonly<{
+  name: Name
+  verdict: "applied" | "same" | "conflict" | "refused"
+  counts?: "counts" // a change that a user would see
+  why?: string
+  kept?: string // where the remote version of a conflict lies here
+  entry?: Entry // what lies there now, for the manifest
+}>
+
+export type Report = {
+  host: string
+  exitCode: number
+  stages: { stage: string; milliseconds: number }[]
+  bytesUp: number
+  resultLinks: ResultLink[]
+  changed: string[]
+  conflicts: { file: string; kept?: string; why: string }[]
+  notes: string[]
+}
+
+// ── 3. Main ─────────────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * The program: argv (without interpreter and script) and environment in, exit code out.
+ * Throws EdictError for what the user can mend; anything else that it throws is a bug.
+ */
+export async function main(argv: readonly string[], env: Env = process.env): Promise<number> {
+  if (argv.length === 1 && argv[0] === "--version") return print(`edict ${VERSION}\n`)
+  const invocation = await parseArguments(argv, env)
+  if (invocation.options.action === "help") return print(USAGE)
+  if (invocation.options.action === "version") return print(`edict ${VERSION}\n`)
+  const host = chooseHost(await readConfig(invocation.options, env), invocation, env)
+  const where = { host, cwd: process.cwd(), env }
+  if (invocation.options.action === "dry-run") {
+    const plan = makePlan(invocation, { ...where, slot: 0 })
+    return print(plan.options.json ? planAsJson(plan) : describePlan(plan))
+  }
+  const { plan, locks } = takeFreeSlot(invocation, where)
+  try {
+    return await runOn(plan, env)
+  } finally {
+    for (const lock of locks) fs.closeSync(lock)
+  }
+}
+
+/** One plan on its host, stage after stage. */
+async function runOn(plan: Plan, env: Env): Promise<number> {
+  const report: Report = {
+    host: plan.host.name,
+    exitCode: EDICT_FAILED,
+    stages: [],
+    bytesUp: 0,
+    resultLinks: [],
+    changed: [],
+    conflicts: [],
+    notes: [],
+  }
+  const context = await startContext(plan, env, report)
+  const watch = handleSignals(context)
+  try {
+    await stage(context, "connect", () => connect(context))
+    const states = await stage(context, "upload", () => upload(context))
+    const outcome = await stage(context, "run", () => runCommand(context, states))
+    const trouble = await firstTrouble([
+      () => stage(context, "results", () => fetchResults(context, outcome)),
+      () => stage(context, "sync back", () => syncBack(context, states, outcome)),
+    ])
+    report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : outcome.exitCode
+    return report.exitCode
+  } finally {
+    watch.dispose()
+    await endContext(context)
+  }
+}
+// ── 4. Arguments: argv and environment → Invocation ─────────────────────────────────────────────────────
+// Looks nothing up. Options stand before HOST; the first word that is none ends them.
+
+const SSH_VALUE_OPTIONS = ["o", "p", "i", "F", "J"] as const
+const VALUE_OPTIONS = ["report", "config"] as const
+const FLAG_OPTIONS = [
+  "sync",
+  "dry-run",
+  "json",
+  "allow-mass-delete",
+  "quiet",
+  "tty",
+  "forward-agent",
+  "help",
+  "version",
+] as const
+
+/**
+ * Reads edict's own options and cuts the rest into host and command, byte for byte.
+ * Throws UsageError for an unknown option, a missing value, host or command.
+ */
+export async function parseArguments(argv: readonly string[], env: Env): Promise<Invocation> {
+  const { default: minimist } = await import("minimist")
+  const unknown: string[] = []
+  const [expanded, rest] = splitOptions(argv)
+  const parsed = minimist(expanded, {
+    string: [...SSH_VALUE_OPTIONS, ...VALUE_OPTIONS],
+    boolean: [...FLAG_OPTIONS, "v", "n", "q", "A", "h"],
+    unknown: (word) => (unknown.push(word), false),
+  })
+  if (unknown[0] !== undefined) throw unknownOption(unknown[0])
+  const given = (name: string) => expanded.includes(`--${name}`)
+  const flag = (...names: string[]) => names.some((name) => parsed[name] === true)
+  const value = (name: string) => {
+    const last: unknown = [parsed[name]].flat().at(-1)
+    if (last === "") throw new UsageError(`option --${name} needs a value`)
+    return typeof last === "string" ? last : undefined
+  }
+  const options: Options = {
+    sync: given("sync") ? "always" : given("no-sync") ? "never" : "auto",
+    action: flag("help", "h")
+      ? "help"
+      : flag("version")
+        ? "version"
+        : flag("dry-run", "n")
+          ? "dry-run"
+          : "run",
+    json: flag("json"),
+    verbosity: flag("quiet", "q") ? -1 : expanded.filter((word) => word === "-v").length,
+    tty: given("no-tty") ? "never" : given("tty") ? "always" : "auto",
+    allowMassDelete: flag("allow-mass-delete"),
+    report: value("report"),
+    config: value("config"),
+    sshOptions: [...sshOptionWords(expanded), ...(flag("A", "forward-agent") ? ["-A"] : [])],
+  }
+  return { options, ...splitCommand(rest, options, env) }
+}
+
+/** Cuts argv where the options end, with `-vv` as `-v -v` and `-p22` as `-p 22`. */
+function splitOptions(argv: readonly string[]): [string[], readonly string[]] {
+  const options: string[] = []
+  const takesValue = (word: string) =>
+    SSH_VALUE_OPTIONS.some((letter) => word === `-${letter}`) ||
+    VALUE_OPTIONS.some((name) => word === `--${name}`)
+  for (let at = 0; at < argv.length; at++) {
+    const word = argv[at]!
+    if (word === "--") return [options, argv.slice(at + 1)]
+    if (!word.startsWith("-") || word === "-") return [options, argv.slice(at)]
+    const attached = /^-([opiFJ])(.+)$/s.exec(word)
+    if (attached) options.push(`-${attached[1]}`, attached[2]!)
+    else if (/^-[vnqAh]{2,}$/.test(word)) options.push(...[...word.slice(1)].map((letter) => `-${letter}`))
+    else if (takesValue(word)) {
+      const next = argv[++at]
+      if (next === undefined) throw new UsageError(`option ${word} needs a value`)
+      options.push(word, next)
+    } else if (/^--(report|config)=/.test(word))
+      options.push(word.slice(0, word.indexOf("=")), word.slice(word.indexOf("=") + 1))
+    else options.push(word)
+  }
+  return [options, []]
+}
+
+/** The options of ssh among the expanded words, in their order. */
+function sshOptionWords(expanded: readonly string[]): string[] {
+  const letters = SSH_VALUE_OPTIONS.map((letter) => `-${letter}`)
+  return expanded.flatMap((word, at) =>
+    letters.includes(word) && !isValueOf(expanded, at) ? [word, expanded[at + 1]!] : [],
+  )
+}
+
+/** Whether the word at `at` is the value of an option before it. */
+function isValueOf(expanded: readonly string[], at: number): boolean {
+  const before = expanded[at - 1]
+  if (before === undefined) return false
+  const takes = [
+    ...SSH_VALUE_OPTIONS.map((letter) => `-${letter}`),
+    ...VALUE_OPTIONS.map((name) => `--${name}`),
+  ].includes(before)
+  return takes && !isValueOf(expanded, at - 1)
+}
+
+/** Host and command of the words behind the options. */
+function splitCommand(
+  rest: readonly string[],
+  options: Options,
+  env: Env,
+): Pick<Invocation, "host" | "command"> {
+  if (options.action === "help" || options.action === "version") return { command: [] }
+  const [first, ...others] = rest
+  if (first === undefined) throw new UsageError("no host and no command given", "edict HOST nix build .#x")
+  if (isNixProgram(first)) return { host: env.EDICT_HOST || undefined, command: rest }
+  const [program] = others
+  if (program === undefined)
+    throw new UsageError(`no command given for host ${shown(first)}`, `edict ${shellQuote(first)} nix build`)
+  if (isNixProgram(program)) return { host: first, command: others }
+  if (program.startsWith("-"))
+    throw new UsageError(
+      `option ${shown(program)} stands behind the host`,
+      `edict ${shellQuote(program)} ${shellQuote(first)} …`,
+    )
+  return { host: first, command: ["nix", "run", ...others] }
+}
+
+function unknownOption(word: string): UsageError {
+  const known = [...FLAG_OPTIONS, ...VALUE_OPTIONS, "no-sync", "no-tty"].map((name) => `--${name}`)
+  const close = nearest(word, known)
+  return new UsageError(`unknown option ${shown(word)}`, close ? `edict ${close}` : "edict --help")
+}
+
+// ── 5. Hosts: the host config (TOML), and what HOST on the command line means ───────────────────────────
+// Never read from the project directory: a cloned repository must not choose where commands run.
+
+export type HostConfig = Readonly<{
+  address?: string
+  systems: readonly string[]
+  features: readonly string[]
+  speed: number
+  tags: readonly string[]
+  sshOptions: readonly string[]
+  directory?: string
+  forwardAgent: boolean
+  env: Readonly<Record<string, string>>
+  requireSignatures: boolean
+}>
+export type Config = Readonly<{
+  file: string
+  default?: string
+  machines?: string
+  hosts: Readonly<Record<string, HostConfig>>
+}>
+
+const DEFAULT_DIRECTORY = ".cache/edict"
+
+/** What each key of the host config must be; the words appear in error messages. */
+const CHECKS = {
+  text: { allowed: "a string", check: (value: unknown) => typeof value === "string" && value !== "" },
+  number: { allowed: "a number above 0", check: (value: unknown) => typeof value === "number" && value > 0 },
+  flag: { allowed: "true or false", check: (value: unknown) => typeof value === "boolean" },
+  list: {
+    allowed: "a list of strings",
+    check: (value: unknown) => Array.isArray(value) && value.every((item) => typeof item === "string"),
+  },
+  table: {
+    allowed: "a table of strings",
+    check: (value: unknown) =>
+      isTable(value) &&
+      Object.entries(value).every(([key, text]) => /^[A-Za-z_]\w*$/.test(key) && typeof text === "string"),
+  },
+  hosts: { allowed: "a table", check: isTable },
+  directory: {
+    allowed: "a path of letters, digits, . _ / -, absolute or below ~/",
+    check: (value: unknown) =>
+      typeof value === "string" &&
+      /^(~\/|\/)?[A-Za-z0-9._-][A-Za-z0-9._/-]*$/.test(value) &&
+      !/(^|\/)\.\.(\/|$)/.test(value),
+  },
+} as const
+type Check = keyof typeof CHECKS
+
+const TOP_KEYS: Readonly<Record<string, Check>> = { default: "text", machines: "text", hosts: "hosts" }
+const HOST_KEYS: Readonly<Record<string, Check>> = {
+  address: "text",
+  systems: "list",
+  features: "list",
+  speed: "number",
+  tags: "list",
+  "ssh-options": "list",
+  directory: "directory",
+  "forward-agent": "flag",
+  env: "table",
+  "require-signatures": "flag",
+}
+
+function isTable(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date)
+}
+
+/** TOML text → Config. Throws EdictError that names file, key and what is allowed. */
+export async function parseConfig(text: string, file: string): Promise<Config> {
+  const { default: toml } = await import("@iarna/toml")
+  let top: Record<string, unknown>
+  try {
+    top = toml.parse(text)
+  } catch (error) {
+    throw new EdictError(`${file}: not TOML: ${String((error as Error).message).split("\n")[0]}`)
+  }
+  checkKeys(top, TOP_KEYS, file, "")
+  const hosts = Object.entries(isTable(top.hosts) ? top.hosts : {}).map(([name, host]) => {
+    if (!isTable(host)) throw new EdictError(`${file}: hosts.${name} must be a table`, `[hosts.${name}]`)
+    checkKeys(host, HOST_KEYS, file, `hosts.${name}.`)
+    return [name, hostConfig(host)] as const
+  })
+  return {
+    file,
+    default: top.default as string | undefined,
+    machines: top.machines as string | undefined,
+    hosts: Object.fromEntries(hosts),
+  }
+}
+
+function checkKeys(
+  table: Record<string, unknown>,
+  keys: Readonly<Record<string, Check>>,
+  file: string,
+  prefix: string,
+): void {
+  for (const [key, value] of Object.entries(table)) {
+    const check = keys[key]
+    if (check === undefined) {
+      const close = nearest(key, Object.keys(keys))
+      throw new EdictError(
+        `${file}: unknown key ${shown(prefix + key)}; allowed: ${Object.keys(keys).join(", ")}`,
+        close && `write ${prefix}${close}`,
+      )
+    }
+    if (!CHECKS[check].check(value))
+      throw new EdictError(
+        `${file}: ${shown(prefix + key)} must be ${CHECKS[check].allowed}, not ${shown(JSON.stringify(value))}`,
+      )
+  }
+}
+
+/** Defaults for a table whose keys were checked. */
+function hostConfig(table: Record<string, unknown>): HostConfig {
+  return {
+    address: table.address as string | undefined,
+    systems: (table.systems as string[] | undefined) ?? [],
+    features: (table.features as string[] | undefined) ?? [],
+    speed: (table.speed as number | undefined) ?? 1,
+    tags: (table.tags as string[] | undefined) ?? [],
+    sshOptions: (table["ssh-options"] as string[] | undefined) ?? [],
+    directory: table.directory as string | undefined,
+    forwardAgent: table["forward-agent"] === true,
+    env: (table.env as Record<string, string> | undefined) ?? {},
+    requireSignatures: table["require-signatures"] === true,
+  }
+}
+
+/** Reads the host config; a missing default file is an empty config, a missing named one an error. */
+async function readConfig(options: Options, env: Env): Promise<Config> {
+  const named = options.config ?? env.EDICT_CONFIG
+  const file =
+    named ?? path.join(env.XDG_CONFIG_HOME || path.join(homeOf(env), ".config"), "edict", "config.toml")
+  if (named === undefined && !fs.existsSync(file)) return { file, hosts: {} }
+  try {
+    return await parseConfig(fs.readFileSync(file, "utf8"), file)
+  } catch (error) {
+    if (error instanceof EdictError) throw error
+    throw new EdictError(`${file}: cannot read the host config: ${reason(error)}`)
+  }
+}
+
+/** The host that an invocation means. Throws UsageError where none is named and none is the default. */
+export function chooseHost(config: Config, invocation: Invocation, env: Env): Host {
+  const word = invocation.host ?? config.default
+  if (word === undefined)
+    throw new UsageError(
+      "no host given, and no default",
+      `edict HOST ${invocation.command.join(" ")}, or: default = "HOST" in ${config.file}`,
+    )
+  if (/[,]|^@/.test(word))
+    throw new UsageError(`${shown(word)} names several hosts; this version runs on one`, "name one host")
+  const settings = Object.hasOwn(config.hosts, word) ? config.hosts[word]! : hostConfig({})
+  const address = parseAddress(settings.address ?? word)
+  return {
+    name: word,
+    destination: address.destination,
+    sshOptions: [
+      ...invocation.options.sshOptions,
+      ...(address.port ? ["-p", address.port] : []),
+      ...settings.sshOptions.map((option) => option.replace(/^~(?=\/)/, homeOf(env))),
+      ...(settings.forwardAgent ? ["-A"] : []),
+    ],
+    directory: (settings.directory ?? DEFAULT_DIRECTORY).replace(/^~\//, "").replace(/\/+$/, ""),
+    env: settings.env,
+    requireSignatures: settings.requireSignatures,
+    systems: settings.systems,
+    features: settings.features,
+    speed: settings.speed,
+    tags: settings.tags,
+  }
+}
+
+/**
+ * `[user@]host`, `ssh://[user@]host[:port]` or `ssh-ng://…` → what ssh takes.
+ * A leading `-` (an option for ssh, CVE-2017-1000117) and characters that could reach a shell through
+ * ProxyCommand's %h (CVE-2023-51385) are refused.
+ */
+export function parseAddress(word: string): { destination: string; port?: string } {
+  const refuse = (why: string) =>
+    new UsageError(
+      `host ${shown(word)} ${why}`,
+      "a host is [user@]host, an alias of ssh_config, or ssh://[user@]host[:port]",
+    )
+  const url = /^ssh(?:-ng)?:\/\/([^/?]*)\/?(?:\?.*)?$/s.exec(word)
+  const authority = url ? url[1]! : word
+  if (authority === "") throw refuse("is empty")
+  if (!/^[A-Za-z0-9._@:%+[\]-]+$/.test(authority)) throw refuse("has characters outside [A-Za-z0-9._@:%+[]-]")
+  const port = url ? /:(\d+)$/.exec(authority)?.[1] : undefined
+  const bare = port ? authority.slice(0, -port.length - 1) : authority
+  const at = bare.lastIndexOf("@")
+  const [user, name] = at < 0 ? ["", bare] : [bare.slice(0, at), bare.slice(at + 1)]
+  if (user.startsWith("-") || name.startsWith("-")) throw refuse("starts with -")
+  if (name === "" || (at >= 0 && user === "")) throw refuse("lacks a name")
+  const plain = url ? name.replace(/^\[(.*)\]$/, "$1") : name
+  return { destination: at < 0 ? plain : `${user}@${plain}`, port }
+}
+// ── 6. Scan: which words of the command name something here ─────────────────────────────────────────────
+// By position and grammar, as Nix parses its command line; the file system is asked for symbolic links only.
+
+type PathSlot = "in" | "out" | "inout" | "profile"
+export type ReferenceKind = "flake" | "file" | "store-link" | `path-${PathSlot}`
+
+/** One word of the command, or the end of one, that names something on this machine. */
+export type Reference = Readonly<{
+  index: number // position among the words after the program name, from 0
+  word: string // as typed
+  kind: ReferenceKind
+  prefix: string // what stands before it inside the word: "-f" of "-f./x", "nixpkgs=" of a lookup path
+  scheme: string // "", "path:", "git+file:", "tarball+file:", …, without authority
+  path: string // the local path as Nix sees it: percent-decoded in URLs, never in plain paths; "." if empty
+  query: string // "?dir=x" as typed, or ""
+  suffix: string // "#fragment^outputs" as typed, or ""
+  search: "upwards" | "exact" // whether Nix looks for flake.nix in the parents too
+  target?: string // of a store-link: the store path it leads to
+}>
+
+/** What a Nix command line says about this machine. */
+export type Scan = Readonly<{
+  command: string // "build", "env shell" (the current names), "nix-build"; "" if unknown
+  references: readonly Reference[]
+  implicit: "none" | "flake" | "file" // the default that applies: "." or ./default.nix (./shell.nix)
+  insertAt: number // where a word can be inserted that spells out that default; -1 if nowhere
+  updatePositional: readonly number[] // of `flake update`: a flake before Nix 2.19, names of inputs since
+  outLink: Readonly<{ index: number; path: string }> | "default" | "none" // prefix of the result links
+  stdin: boolean // whether more installables come from standard input
+  system?: string // asked for by an option, else the first that an attribute path names
+}>
+
+/**
+ * What Nix takes a word for. Flake references come in variants: "ref^" may end in outputs, "ref!" is taken
+ * without a search, "ref/" must be absolute, "ref?" may be left out ("default" marks that it was). "file" is
+ * an expression file, "lookup" an entry of the lookup path, "update" a positional of `flake update`, "link" a
+ * link to a store path, "link/" the same if it contains a slash, "rest" this and every later word.
+ */
+type FlakeSlot =
+  "installable" | "attribute" | "ref" | "ref^" | "ref!" | "ref/" | "ref?" | "default" | "update"
+type Slot = PathSlot | FlakeSlot | "file" | "keep" | "link" | "link/" | "lookup" | "rest"
+type Command = Readonly<{ fallback: Scan["implicit"]; first: readonly Slot[]; more: Slot }>
+
+type Piece = Readonly<{ index: number; prefix: string; text: string }>
+
+/** A word in its place: a positional (option ""), an option (nth -1), or the nth argument of an option. */
+type Token = Piece & Readonly<{ option: string; nth: number; slot: Slot }>
+type Line = Readonly<{ command: string; end: number; tokens: readonly Token[] }>
+type Look = (path: string) => string | undefined
+type Found = Omit<Reference, "index" | "word" | "prefix"> & Readonly<{ prefix?: string }>
+
+const split = (names: string): string[] => names.split(/,\s+/)
+
+/** A table from lists of slots to names, turned around. */
+const byName = (table: Readonly<Record<string, string>>): [name: string, slots: string[]][] =>
+  Object.entries(table).flatMap(([key, names]) => {
+    const slots = key === "" ? [] : key.split(" ")
+    return split(names.trim()).map((name): [string, string[]] => [name, slots])
+  })
+
+/**
+ * The positionals of every command of Nix 2.4 to 2.36 and Lix: the default for none, the first ones, and what
+ * all further ones are. A legacy program is a command too; "PROGRAM OPTION" is one whose option changes them.
+ */
+const commandTable = {
+  "flake installable": `
+    build, copy, derivation show, env shell, path-info, profile add, realisation info,
+    store build-trace info, store copy-log, store copy-sigs, store delete, store dump-path,
+    store make-content-addressed, store repair, store sign, store verify`,
+  "flake installable keep": "bundle, develop, edit, eval, log, print-dev-env, run, search",
+  "flake ref keep": `
+    flake archive, flake check, flake clone, flake lock, flake metadata, flake prefetch,
+    flake prefetch-inputs, flake show`,
+  "flake update": "flake update",
+  "flake keep": "fmt, formatter build, formatter run",
+  "file file": "nix-build, nix-shell, nix-instantiate",
+  "file keep": "nixos-rebuild --attr, nixos-rebuild -A", // without --file: of ./default.nix
+  "none installable": "repl",
+  "none installable installable keep": "store diff-closures, why-depends",
+  "none ref/": "registry add, registry pin, registry remove, registry resolve",
+  "none in": "hash file, hash path, nix-hash, nix-store --add",
+  "none in keep": `
+    nar cat, nar dump-path, nar ls, nar pack, store add, store add-file, store add-path, nix-store --dump`,
+  "none keep in": "nix-store --add-fixed",
+  "none out keep": "flake new, nix-store --restore",
+  "none keep out": "nix-store --generate-binary-cache-key",
+  "none profile keep": "nix-env --switch-profile, nix-env -S",
+  "none link/": "nix-env",
+  "none keep link": "nix-copy-closure",
+  "none link": `
+    nix-store --realise, nix-store --realize, nix-store -r, nix-store --query, nix-store -q,
+    nix-store --delete, nix-store --verify-path, nix-store --repair-path, nix-store --read-log,
+    nix-store -l, nix-store --export, nix-store --print-env, nix-store --dump-db`,
+  "none keep": `
+    config check, config show, daemon, derivation add, describe-stores, flake init, hash convert,
+    hash to-base16, hash to-base32, hash to-base64, hash to-sri, help, help-stores,
+    key convert-secret-to-public, key generate-secret, profile diff-closures, profile history, profile list,
+    profile remove, profile rollback, profile upgrade, profile wipe-history, registry list,
+    store build-trace delete, store cat, store gc, store info, store ls, store optimise,
+    store path-from-hash-part, store prefetch-file, store roots-daemon, store submit-output, upgrade-nix,
+    version, nix-channel, nix-collect-garbage, nix-daemon, nix-prefetch-url, nix-store, nixos-rebuild,
+    darwin-rebuild, home-manager, nix-build --expr, nix-build -E, nix-build -, nix-shell --expr,
+    nix-shell -E, nix-shell -, nix-shell --packages, nix-shell -p, nix-instantiate --expr,
+    nix-instantiate -E, nix-instantiate -, nix-instantiate --find-file, nix-hash --to-base16,
+    nix-hash --to-base32, nix-hash --to-base64, nix-hash --to-sri`,
+}
+const commands: ReadonlyMap<string, Command> = new Map(
+  byName(commandTable).map(([name, slots]) => {
+    const [fallback, ...positionals] = slots as [Scan["implicit"], ...Slot[]]
+    return [name, { fallback, first: positionals.slice(0, -1), more: positionals.at(-1) ?? "keep" }]
+  }),
+)
+
+/** Older names of commands, which Nix itself rewrites (main.cc of Nix 2.36). */
+const aliases: ReadonlyMap<string, string> = new Map(
+  split(`add-to-store=store add-path, cat-nar=nar cat, cat-store=store cat, copy-sigs=store copy-sigs,
+    dev-shell=develop, diff-closures=store diff-closures, doctor=config check, dump-path=store dump-path,
+    flake info=flake metadata, hash-file=hash file, hash-path=hash path, ls-nar=nar ls, ls-store=store ls,
+    make-content-addressable=store make-content-addressed, optimise-store=store optimise,
+    ping-store=store info, profile install=profile add, shell=env shell, show-config=config show,
+    show-derivation=derivation show, sign-paths=store sign, store optimize=store optimise,
+    store ping=store info, to-base16=hash to-base16, to-base32=hash to-base32, to-base64=hash to-base64,
+    verify=store verify`).map((pair) => pair.split("=") as [string, string]),
+)
+
+/**
+ * The options that take words (Nix 2.4 to 2.36 and Lix; no option ever changed its arity); all others take
+ * none. Long ones mean the same everywhere; "COMMAND OPTION" is an exception, "legacy" stands for all nix-*
+ * programs, "rebuild" for nixos-rebuild and its kin.
+ */
+const optionTable = {
+  keep: `
+    --algo, --apply, --arg-from-stdin, --eval-store, --exclude, -e, --expected-hash, --expr, --format, --from,
+    --hash-algo, --hash-type, -j, --json-format, --keep, -k, --keep-env-var, --key-name, --log-format, --max,
+    --mode, --modulo, --name, -n, --nix-store-paths-url, --older-than, --phase, --priority, --regex,
+    --sigs-needed, --store-path, --substituter, store copy-sigs -s, store verify -s, --to, --type, --unset,
+    -u, --unset-env-var, --update-input, legacy --attr, legacy -A, legacy --command,
+    legacy --delete-older-than, legacy --drv-link, legacy -j, legacy --max-atime, legacy --max-freed,
+    legacy --max-links, legacy --run, legacy --system-filter, rebuild --attr, rebuild -A, rebuild -b,
+    rebuild --build-host, rebuild -c, rebuild -G, rebuild --image-variant, rebuild -j, rebuild -p,
+    rebuild --profile-name, rebuild --specialisation, rebuild --switch-generation, rebuild --target-host`,
+  "keep keep": "--arg, --argstr, --option, --set-env-var, -s",
+  "keep in": "--arg-from-file",
+  in: "--key-file, --reference-lock-file, --references-list-json, store sign -k, nix-env --from-profile",
+  out: `
+    --dest, --eval-profile-file, flake clone -f, --json-log-path, --out-link, -o, --output-lock-file,
+    --socket-path, --write-to, legacy --add-root, legacy -o`,
+  inout: "--registry",
+  profile: "--profile, -p, nix-env -p",
+  file: "--file, -f, nix-env -f, rebuild -f",
+  lookup: "--include, -I, legacy -I, rebuild -I",
+  ref: "--flake, --inputs-from, --template, -t",
+  "ref?": "rebuild --flake",
+  "ref^": "--bundler, -B",
+  "ref ref": "--override-flake",
+  "keep ref!": "--override-input",
+  "installable out": "--redirect",
+  rest: "--command, -c",
+  "": `
+    copy -s, path-info -s, legacy --expr, nix-env --attr, nix-env -A, nix-copy-closure --from,
+    nix-copy-closure --to`,
+}
+const options: ReadonlyMap<string, readonly Slot[]> = new Map(byName(optionTable) as [string, Slot[]][])
+
+/** The settings of nix.conf that have a value, all of them options too (Nix 2.4 to 2.36 and Lix). */
+const valuedSettings: ReadonlySet<string> = new Set(
+  `access-tokens allowed-impure-host-deps allowed-uris allowed-users bash-prompt bash-prompt-prefix
+    bash-prompt-suffix binary-cache-public-keys binary-caches binary-caches-parallel-connections
+    build-chroot-dirs build-cores build-dir build-hook build-hook-kill-timeout build-max-jobs
+    build-max-log-size build-max-silent-time build-poll-interval build-repeat build-sandbox-paths
+    build-timeout build-users-group builders builtin-builder-sandbox-paths commit-lock-file-summary
+    commit-lockfile-summary connect-timeout cores diff-hook download-attempts download-buffer-size
+    download-speed eval-attrset-update-layer-rhs-threshold eval-profiler eval-profiler-frequency eval-system
+    experimental-features external-builders filetransfer-retry-attempts filetransfer-retry-delay
+    filetransfer-retry-delay-rate-limited filetransfer-retry-max-delay flake-registry gc-reserved-space
+    hashed-mirrors http-connections id-count ignored-acls impure-env lint-absolute-path-literals
+    lint-short-path-literals lint-url-literals log-lines max-build-log-size max-call-depth max-free max-jobs
+    max-silent-time max-substitution-jobs min-free min-free-check-interval nar-buffer-size
+    narinfo-cache-meta-ttl narinfo-cache-negative-ttl narinfo-cache-positive-ttl netrc-file nix-path
+    pasta-path plugin-files post-build-hook pre-build-hook repeat repl-overlays sandbox-build-dir
+    sandbox-dev-shm-size sandbox-paths secret-key-files ssl-cert-file stalled-download-timeout start-id
+    store substituters substitution-max-jobs system system-features tarball-ttl temp-dir timeout
+    trusted-binary-caches trusted-public-keys trusted-substituters trusted-users upgrade-nix-store-path-url
+    user-agent-suffix warn-large-path-threshold`.split(/\s+/),
+)
+
+const rebuilders: ReadonlySet<string> = new Set(["nixos-rebuild", "darwin-rebuild", "home-manager"])
+const programs: ReadonlySet<string> = new Set([
+  ...rebuilders,
+  ...split(`nix, nix-build, nix-channel, nix-collect-garbage, nix-copy-closure, nix-daemon, nix-env, nix-hash,
+    nix-instantiate, nix-prefetch-url, nix-shell, nix-store, nixos-rebuild-ng, nom, nom-build, nom-shell`),
+])
+
+/** The commands that make result links unasked (`bundle` under the name of the derivation). */
+const linkingCommands: ReadonlySet<string> = new Set(
+  split(`build, bundle, formatter build, nix-build, nixos-rebuild build, nixos-rebuild build-image,
+    nixos-rebuild build-vm, nixos-rebuild build-vm-with-bootloader, nixos-rebuild dry-activate,
+    nixos-rebuild test, darwin-rebuild build, darwin-rebuild check, home-manager build`),
+)
+
+// The grammar of flake references, from Nix 2.36 (flakeref.cc, url-parts.hh, outputs-spec.cc, path.cc).
+const id = "[a-zA-Z][a-zA-Z0-9_-]*"
+const urlCharacter = String.raw`[\w.~!$&'"()*+,;=:@/-]|%[0-9a-fA-F]{2}`
+const wellFormed = new RegExp(`^(${urlCharacter})*$`)
+const registryEntry = new RegExp(String.raw`^${id}(/[a-zA-Z0-9@][\w./@+-]*)?(#(${urlCharacter}|[? ^])*)?$`)
+const inputPath = new RegExp(`^${id}(/${id})*$`)
+const plainReference = /^([^?#]*)(\?[^#]*)?(#.*)?$/s
+const urlReference = /^([a-z][a-z0-9+.-]*:)([^?#]*)(\?[^#]*)?(#.*)?$/s
+const withOutputs = /^(.*)(\^(?:\*|[\w+.?=-]+(?:,[\w+.?=-]+)*))$/s
+const storePath = /^\/nix\/store\/[0-9a-df-np-sv-z]{32}-[\w+.?=-]+(?=[/^]|$)/
+const localSchemes: ReadonlyMap<string, "flake" | "file"> = new Map([
+  ...["path:", "git+file:", "hg+file:"].map((scheme): [string, "flake"] => [scheme, "flake"]),
+  ...["file:", "file+file:", "tarball+file:"].map((scheme): [string, "file"] => [scheme, "file"]),
+])
+const systemOutputs =
+  "packages|legacyPackages|checks|devShells?|apps|bundlers|formatter|defaultPackage|defaultApp"
+const systemName = String.raw`\w+-(?:linux|darwin|cygwin|\w*bsd)`
+const systemAttribute = new RegExp(String.raw`^\.?(?:${systemOutputs})\."?(${systemName})"?(?=[.^]|$)`)
+
+/**
+ * Whether a word is a program of the Nix family. As the first word after the host it is then the program to
+ * run; any other word there is a flake reference, short for `nix run`.
+ */
+export function isNixProgram(word: string): boolean {
+  return programs.has(word)
+}
+
+/**
+ * Classifies the words after `program` by position and grammar, as Nix 2.19 and later do; what 2.4 to 2.18
+ * read differently they mostly refuse. `look` answers the text of a symlink, undefined for anything else; it
+ * gets paths as typed, relative to the directory of the command.
+ */
+export function scan(program: string, words: readonly string[], look: Look): Scan {
+  const line = readLine(program, words)
+  const command = commandOf(line)
+  const given = new Set(line.tokens.map((token) => token.option))
+  const nothing: Scan = {
+    command: command ? line.command : "",
+    references: [],
+    implicit: "none",
+    insertAt: -1,
+    updatePositional: [],
+    outLink: "none",
+    stdin: false,
+  }
+  if (!command || given.has("--help") || given.has("--version")) return nothing
+
+  const tokens = place(line, command)
+  const positionals = tokens.filter((token) => token.option === "").map((token) => token.index)
+  const system = systemOf(tokens)
+  return {
+    ...nothing,
+    ...defaultOf(line, command, tokens),
+    references: tokens.flatMap((token) => referenceOf(token, words, look)),
+    updatePositional: command.more === "update" && !given.has("--flake") ? positionals : [],
+    outLink: outLinkOf(line.command, tokens),
+    stdin: given.has("--stdin"),
+    ...(system === undefined ? {} : { system }),
+  }
+}
+
+/** Splits the words into subcommand, options, arguments and positionals (args.cc of Nix). */
+function readLine(program: string, words: readonly string[]): Line {
+  const name = program.replace(/^nom(?=-|$)/, "nix").replace(/-ng$/, "")
+  const queue: Piece[] = words.map((text, index) => ({ index, prefix: "", text }))
+  const tokens: Token[] = []
+  let command = name === "nix" ? "" : name
+  let end = 0
+  // The first `--` ends the options, not the positionals: `nix run -- .#x` runs .#x.
+  let areOptionsOver = false
+  for (let piece = queue.shift(); piece; piece = queue.shift()) {
+    if (areOptionsOver || !piece.text.startsWith("-")) {
+      if (commands.has(command)) tokens.push({ ...piece, option: "", nth: 0, slot: "keep" })
+      else {
+        const longer = `${command} ${piece.text}`.trim()
+        command = aliases.get(longer) ?? longer
+        end = piece.index + 1
+      }
+    } else if (piece.text === "--") {
+      areOptionsOver = true
+    } else {
+      const [option = piece, ...attached] = expand(piece, name)
+      queue.unshift(...attached)
+      tokens.push({ ...option, option: option.text, nth: -1, slot: "keep" })
+      tokens.push(...takeArguments(option, queue, command))
+    }
+  }
+  return { command, end, tokens }
+}
+
+/** "-Lvj3" is short for "-L -v -j 3". "--flake=x" is understood by the rebuilders, never by Nix. */
+function expand(piece: Piece, program: string): Piece[] {
+  const { index, text } = piece
+  const [, long, value = ""] = (rebuilders.has(program) && /^(--[^=]+)=(.*)$/s.exec(text)) || []
+  if (long !== undefined) {
+    return [
+      { index, prefix: "", text: long },
+      { index, prefix: `${long}=`, text: value },
+    ]
+  }
+  const [prefix, letters] = /^-([a-zA-Z]+)/.exec(text) ?? []
+  if (prefix === undefined || letters === undefined || text.length === 2) return [piece]
+  const rest = text === prefix ? [] : [{ index, prefix, text: text.slice(prefix.length) }]
+  return [...Array.from(letters, (letter) => ({ index, prefix: "", text: `-${letter}` })), ...rest]
+}
+
+/** Takes the arguments of `option` off the front of `queue`. */
+function takeArguments(option: Piece, queue: Piece[], command: string): Token[] {
+  return slotsOf(option.text, command).flatMap((slot, nth): Token[] => {
+    if (slot === "rest") queue.length = 0
+    const isLeftOut = slot === "ref?" && (queue[0]?.text ?? "-").startsWith("-")
+    if (isLeftOut) return [{ ...option, option: option.text, nth, slot: "default" }]
+    const piece = queue.shift()
+    return piece ? [{ ...piece, option: option.text, nth, slot: slot === "ref?" ? "ref" : slot }] : []
+  })
+}
+
+function slotsOf(option: string, command: string): readonly Slot[] {
+  const family = rebuilders.has(command) ? "rebuild" : command.startsWith("nix-") ? "legacy" : ""
+  const isLong = option.startsWith("--")
+  // The letters of `nix` mean nothing to the other programs, its long options mostly the same.
+  const shared = isLong || family === "" ? options.get(option) : undefined
+  const isSetting = isLong && (option.startsWith("--extra-") || valuedSettings.has(option.slice(2)))
+  const own = options.get(`${command} ${option}`) ?? options.get(`${family} ${option}`)
+  return own ?? shared ?? (isSetting ? ["keep"] : [])
+}
+
+/** The table entry of a command: that of an option that changes its positionals, if there is one. */
+function commandOf({ command, tokens }: Line): Command | undefined {
+  const changed = tokens.map((token) => commands.get(`${command} ${token.option}`)).find((entry) => entry)
+  return changed ?? commands.get(command)
+}
+
+/** Gives the positionals their slots. */
+function place({ tokens }: Line, command: Command): Token[] {
+  // --file and --expr, wherever they stand, make all installables attribute paths.
+  const isFile = tokens.some(({ option, slot }) => option === "--expr" || (option !== "" && slot === "file"))
+  const isNewUpdate = tokens.some(({ option }) => option === "--flake")
+  let count = 0
+  return tokens.map((token) => {
+    const slot = token.option === "" ? (command.first[count++] ?? command.more) : token.slot
+    if (slot === "installable" && isFile) return { ...token, slot: "attribute" }
+    // What is no name of an input can only be the flake that Nix before 2.19 expects here.
+    const isInput = isNewUpdate || inputPath.test(token.text)
+    if (slot === "update") return { ...token, slot: isInput ? "keep" : "ref" }
+    return { ...token, slot }
+  })
+}
+
+type Default = Pick<Scan, "implicit" | "insertAt">
+
+function defaultOf(line: Line, command: Command, tokens: readonly Token[]): Default {
+  const leftOut = tokens.find((token) => token.slot === "default")
+  if (leftOut) return { implicit: "flake", insertAt: leftOut.index + 1 }
+  const replacing = ["--all", "--expr", "--flake", "--stdin"]
+  const isNamed = tokens.some(({ option, slot }) =>
+    option === "" ? slot !== "keep" : slot === "file" || replacing.includes(option),
+  )
+  if (isNamed || command.fallback === "none") return { implicit: "none", insertAt: -1 }
+  const takesWord = ["installable", "ref", "file"].includes(command.first[0] ?? command.more)
+  return { implicit: command.fallback, insertAt: takesWord ? line.end : -1 }
+}
+
+function outLinkOf(command: string, tokens: readonly Token[]): Scan["outLink"] {
+  if (tokens.some((token) => token.option === "--dry-run")) return "none"
+  const naming = ["-o", "--out-link", "--add-root"]
+  const last = tokens.findLast(({ option, nth }) =>
+    nth === 0 ? naming.includes(option) : option === "--no-link" || option === "--no-out-link",
+  )
+  if (last) return last.slot === "out" && last.text !== "" ? { index: last.index, path: last.text } : "none"
+  const action = tokens.find((token) => token.option === "")?.text ?? ""
+  return linkingCommands.has(command) || linkingCommands.has(`${command} ${action}`) ? "default" : "none"
+}
+
+function systemOf(tokens: readonly Token[]): string | undefined {
+  const set = tokens.findLast(({ option, nth }, at) => {
+    if (option === "--option") return nth === 1 && tokens[at - 1]?.text === "system"
+    return option === "--system" && nth === 0
+  })
+  if (set) return set.text
+  for (const { option, slot, text } of tokens) {
+    if (option !== "" || (slot !== "installable" && slot !== "attribute")) continue
+    const attribute = slot === "attribute" ? text : decode(/#(.*)$/s.exec(text)?.[1] ?? "")
+    const [, system] = systemAttribute.exec(attribute) ?? []
+    if (system !== undefined) return system
+  }
+  return undefined
+}
+
+function referenceOf(token: Token, words: readonly string[], look: Look): Reference[] {
+  const { index, prefix, text, slot } = token
+  const word = words[index] ?? ""
+  // `-fx` gives `-f` the argument "-x", which no part of the word spells: nothing to replace.
+  const found = word === prefix + text ? readers[slot]?.(text, look) : undefined
+  return found ? [{ index, word, ...found, prefix: prefix + (found.prefix ?? "") }] : []
+}
+
+/** How the words of each slot are read; those of other slots name nothing here. */
+const readers: Readonly<Partial<Record<Slot, (text: string, look: Look) => Found | undefined>>> = {
+  in: (text) => readPath("path-in", text),
+  out: (text) => readPath("path-out", text),
+  inout: (text) => readPath("path-inout", text),
+  profile: (text) => readPath("path-profile", text),
+  file: readFile,
+  lookup: readLookup,
+  link: (text, look) => readLink(text, "", look),
+  "link/": (text, look) => (text.includes("/") ? readLink(text, "", look) : undefined),
+  installable: readInstallable,
+  ref: (text) => readFlake(text, ""),
+  "ref^": (text) => readFlake(...splitOutputs(text)),
+  "ref/": readAbsoluteFlake,
+  "ref!": (text) => exactly(readFlake(text, "")),
+}
+
+const plain = (kind: ReferenceKind, text: string): Found => {
+  return { kind, scheme: "", path: text || ".", query: "", suffix: "", search: "exact" }
+}
+
+const readPath = (kind: ReferenceKind, text: string): Found | undefined =>
+  text === "" ? undefined : plain(kind, text)
+
+const exactly = (found: Found | undefined): Found | undefined => found && { ...found, search: "exact" }
+
+function splitOutputs(text: string): [rest: string, outputs: string] {
+  const [, rest = text, outputs = ""] = withOutputs.exec(text) ?? []
+  return [rest, outputs]
+}
+
+/** A word with a slash may be a store path or lead to one (installables.cc); otherwise it is a flake. */
+function readInstallable(text: string, look: Look): Found | undefined {
+  const [rest, outputs] = splitOutputs(text)
+  if (rest.includes("/") && storeTarget(rest, look) !== undefined) return readLink(rest, outputs, look)
+  return readFlake(rest, outputs)
+}
+
+/** A link into the store; a store path itself is left alone. */
+function readLink(text: string, outputs: string, look: Look): Found | undefined {
+  const target = storeTarget(text, look)
+  if (target === undefined || storePath.test(path.normalize(text))) return undefined
+  return { ...plain("store-link", text), suffix: outputs, target }
+}
+
+/** Follows the last component, never a directory above it (followLinksToStore of Nix). */
+function storeTarget(text: string, look: Look): string | undefined {
+  let place = path.normalize(text).replace(/(?<=.)\/$/, "")
+  for (let hops = 0; hops < 40; hops++) {
+    const [target] = storePath.exec(place) ?? []
+    if (target !== undefined) return target
+    const link = look(place)
+    if (link === undefined) return undefined
+    place = path.isAbsolute(link) ? path.normalize(link) : path.join(path.dirname(place), link)
+  }
+  return undefined
+}
+
+/** A flake reference: an entry of the registry first, then a URL, then a path, whatever exists here. */
+function readFlake(text: string, outputs: string): Found | undefined {
+  if (registryEntry.test(text)) return undefined
+  const [, scheme, place = "", query = "", fragment = ""] = urlReference.exec(text) ?? []
+  if (scheme !== undefined) {
+    const kind = localSchemes.get(scheme)
+    const hasAuthority = /^\/\/(?!\/)/.test(place)
+    if (kind === undefined || hasAuthority) return undefined
+    const local = decode(place.replace(/^\/\//, ""))
+    // Nix takes a malformed URL for a path.
+    if (wellFormed.test(place)) return { ...plain(kind, local), scheme, query, suffix: fragment + outputs }
+  }
+  const [, directory = "", parameters = "", rest = ""] = plainReference.exec(text) ?? []
+  return { ...plain("flake", directory), query: parameters, suffix: rest + outputs, search: "upwards" }
+}
+
+/** Where Nix has no directory to start from, a relative path is an error. */
+function readAbsoluteFlake(text: string): Found | undefined {
+  const flake = readFlake(text, "")
+  return flake && path.isAbsolute(flake.path) ? flake : undefined
+}
+
+/** The argument of --file, or what the legacy programs evaluate: mostly a path (lookupFileArg of Nix). */
+function readFile(text: string, look: Look): Found | undefined {
+  if (text === "" || text === "-" || /^<.+>$/s.test(text)) return undefined
+  // A derivation is built, not evaluated.
+  const isDerivation = storeTarget(text, look)?.endsWith(".drv") ?? false
+  return isDerivation ? readLink(text, "", look) : readSource(text)
+}
+
+/** An entry of the lookup path: [NAME=]SOURCE. */
+function readLookup(text: string): Found | undefined {
+  const name = text.slice(0, text.indexOf("=") + 1)
+  const found = readSource(text.slice(name.length))
+  return found && { ...found, prefix: name + (found.prefix ?? "") }
+}
+
+function readSource(text: string): Found | undefined {
+  if (text.startsWith("flake:")) {
+    const flake = readAbsoluteFlake(text.slice("flake:".length))
+    return flake && { ...flake, prefix: "flake:" }
+  }
+  if (text.startsWith("file://")) return readFlake(text, "")
+  const isRemote = text === "" || /^(channel:|(https?|channel|git|s3|ssh):\/\/)/.test(text)
+  return isRemote ? undefined : plain("path-in", text)
+}
+
+function decode(text: string): string {
+  try {
+    return decodeURIComponent(text)
+  } catch {
+    return text
+  }
+}
+// ── 7. Trees and map: scan + file system → Plan ─────────────────────────────────────────────────────────
+// Trees keep their absolute path below one root over there, so that relative references between them stay
+// true, and the command runs in the mirrored current directory. Words are rewritten only where they must be.
+
+type Needed = Readonly<{
+  local: string
+  kind: Tree["kind"]
+  history: Tree["history"]
+  flakeDirectory?: string
+  only?: string
+}>
+
+/**
+ * Looks up what the command's references name here and decides everything that is to be done. `slot` is 0, or more
+ * where other runs hold the trees of the slots before it.
+ */
+export function makePlan(
+  invocation: Invocation,
+  where: { host: Host; cwd: string; slot: number; env: Env },
+): Plan {
+  const { options, command } = invocation
+  const { host, cwd } = where
+  const [program, ...words] = command
+  const scanned = scan(program!, words, linkText)
+  const needs = scanned.references.map((reference) => ({
+    reference,
+    needed: findTree(reference, { scanned, cwd }),
+  }))
+  const implicit = scanned.implicit === "none" ? undefined : neededByDefault(scanned.implicit, cwd, program!)
+  const flakes = [
+    ...needs.filter(({ reference }) => reference.kind === "flake").map(({ needed }) => needed),
+    ...(scanned.implicit === "flake" ? [implicit] : []),
+  ]
+  const stateful =
+    options.sync === "always" ||
+    (options.sync === "auto" && flakes.some((flake) => flake && isWithin(cwd, flake.local)))
+  const repository = gitRootOf(cwd)
+  const here: Needed = { local: repository ?? cwd, kind: repository ? "git" : "directory", history: "head" }
+  const root = clientRoot(where)
+  const named = [...needs.map(({ needed }) => needed), implicit, options.sync === "always" ? here : undefined]
+  const trees = makeTrees(
+    named.filter((item) => item !== undefined),
+    { root, stateful, options },
+  )
+  const map: Mapping = { cwd, place: (local) => placeIn(trees, root, local) }
+  const mapped = needs.map(({ reference, needed }) => ({
+    reference,
+    word: mapReference(reference, needed, map),
+  }))
+  const comesHome = (local: string) =>
+    trees.some((tree) => tree.comesHome === "all" && isWithin(local, tree.local))
+  return {
+    host,
+    options,
+    stateful,
+    implicit: scanned.implicit === "flake",
+    references: mapped.map(({ reference, word }) => ({
+      index: reference.index,
+      word: reference.word,
+      kind: shownKind(reference.kind),
+      rewritten: plainWord(word),
+    })),
+    trees,
+    cwd: { local: cwd, remote: map.place(cwd) },
+    linkDirectories: linkDirectories(scanned, cwd)
+      .filter((local) => !comesHome(local))
+      .map((local) => ({ local, remote: map.place(local) })),
+    storePaths: scanned.references.flatMap((reference) => reference.target ?? []),
+    command: rewriteCommand(program!, words, { scanned, mapped, implicit, map }),
+    root,
+    system: scanned.system,
+  }
+}
+
+/** The plan for the first slot whose trees no other run holds, and the locks that keep it so. */
+function takeFreeSlot(
+  invocation: Invocation,
+  where: { host: Host; cwd: string; env: Env },
+): { plan: Plan; locks: readonly number[] } {
+  for (let slot = 0; ; slot++) {
+    const plan = makePlan(invocation, { ...where, slot })
+    const locks = lockAll(
+      [plan.cwd.remote, ...plan.trees.map(({ remote }) => remote)].map((remote) =>
+        path.join(
+          stateDirectory(where.env),
+          "locks",
+          hash(`${where.host.destination} ${remote}`).slice(0, 24),
+        ),
+      ),
+    )
+    if (locks) return { plan, locks }
+  }
+}
+
+/** The text of a symbolic link, or undefined where there is none. */
+function linkText(file: string): string | undefined {
+  try {
+    return fs.readlinkSync(file)
+  } catch {
+    return undefined
+  }
+}
+
+const shownKind = (kind: ReferenceKind): string =>
+  kind === "path-inout" || kind === "path-profile" ? "path-out" : kind
+
+/** The tree that one reference needs. Throws EdictError for what is not there. */
+function findTree(reference: Reference, at: { scanned: Scan; cwd: string }): Needed | undefined {
+  const { scanned, cwd } = at
+  const isLinkPrefix = typeof scanned.outLink === "object" && scanned.outLink.index === reference.index
+  if (reference.kind === "store-link" || isLinkPrefix) return undefined
+  const typed = path.resolve(cwd, reference.path)
+  if (reference.kind === "path-out") return { local: typed, kind: "output", history: "head" }
+  if (reference.kind === "path-profile") return undefined
+  if (reference.kind === "path-inout")
+    return { local: typed, kind: fs.existsSync(typed) ? "file" : "output", history: "head" }
+  if (!fs.existsSync(typed))
+    throw new EdictError(
+      `${shown(reference.word)}: there is no ${shown(typed)} here`,
+      "check the path; a flake of the registry needs no ./ before it",
+    )
+  const real = fs.realpathSync(typed)
+  if (real.startsWith("/nix/store/")) return undefined
+  if (reference.kind === "file") return { local: real, kind: "file", history: "head" }
+  if (reference.kind === "path-in") return neededInput(real)
+  return findFlake(reference, real)
+}
+
+/** A local file or directory as input: with the repository it lies in, as Nix files import their neighbours. */
+function neededInput(real: string): Needed {
+  const directory = fs.statSync(real).isDirectory() ? real : path.dirname(real)
+  const repository = gitRootOf(directory)
+  if (repository) return { local: repository, kind: "git", history: "head" }
+  if (directory === real) return { local: real, kind: "directory", history: "head" }
+  const alone = !real.endsWith(".nix") || isWithin(os.homedir(), directory)
+  return alone
+    ? { local: real, kind: "file", history: "head" }
+    : { local: directory, kind: "directory", history: "head" }
+}
+
+/** The source tree of a flake reference, by Nix's own search (upwards for flake.nix, then for .git). */
+function findFlake(reference: Reference, real: string): Needed {
+  const query = new URLSearchParams(reference.query.slice(1))
+  const history = query.has("ref") || query.has("rev") ? "full" : "head"
+  if (/^(git|hg)\+/.test(reference.scheme)) return { local: real, kind: "git", history, flakeDirectory: real }
+  if (reference.scheme !== "")
+    return { local: real, kind: "directory", history: "head", flakeDirectory: real }
+  const flakeDirectory = reference.search === "upwards" ? searchFlake(real, reference.word) : real
+  const repository = gitRootOf(flakeDirectory)
+  return repository
+    ? { local: repository, kind: "git", history, flakeDirectory }
+    : { local: flakeDirectory, kind: "directory", history: "head", flakeDirectory }
+}
+
+/** The directory with flake.nix at or above `start`, as Nix searches it: never beyond a .git. */
+function searchFlake(start: string, word: string): string {
+  const missing = (why: string) =>
+    new EdictError(
+      `${shown(word)} is no flake: ${why}`,
+      "cd into a directory with a flake.nix, or name one: ./DIR#x",
+    )
+  let directory = fs.statSync(start).isDirectory() ? start : path.dirname(start)
+  if (directory !== start && path.basename(start) !== "flake.nix") throw missing(`${shown(start)} is a file`)
+  while (!fs.existsSync(path.join(directory, "flake.nix"))) {
+    if (fs.existsSync(path.join(directory, ".git")))
+      throw missing(`there is no flake.nix in ${shown(start)} or above it, up to ${shown(directory)}`)
+    if (directory === path.dirname(directory))
+      throw missing(`there is no flake.nix in ${shown(start)} or above it`)
+    directory = path.dirname(directory)
+  }
+  return directory
+}
+
+/** The nearest directory at or above `directory` that holds .git (a directory, or a file for a worktree). */
+function gitRootOf(directory: string): string | undefined {
+  for (let at = directory; ; at = path.dirname(at)) {
+    if (fs.existsSync(path.join(at, ".git"))) return at
+    if (at === path.dirname(at)) return undefined
+  }
+}
+
+/** What the default stands for: the flake in `.`, or default.nix / shell.nix of the older programs. */
+function neededByDefault(implicit: "flake" | "file", cwd: string, program: string): Needed | undefined {
+  if (implicit === "flake")
+    return findFlake(
+      {
+        index: -1,
+        word: ".",
+        kind: "flake",
+        prefix: "",
+        scheme: "",
+        path: ".",
+        query: "",
+        suffix: "",
+        search: "upwards",
+      },
+      cwd,
+    )
+  const file = ["shell.nix", "default.nix"]
+    .slice(program === "nix-shell" ? 0 : 1)
+    .find((name) => fs.existsSync(path.join(cwd, name)))
+  return file ? neededInput(fs.realpathSync(path.join(cwd, file))) : undefined
+}
+
+/** One Tree for each place, its locked local inputs with it; what lies in another tree's own files is left to that tree. */
+function makeTrees(
+  found: readonly Needed[],
+  context: { root: string; stateful: boolean; options: Options },
+): Tree[] {
+  const trees = new Map<string, Tree>()
+  const home = context.options.sync === "never" ? "nothing" : context.stateful ? "all" : "lock-file"
+  const add = (item: Needed, more: Partial<Tree>) => {
+    const before = trees.get(item.local)
+    trees.set(item.local, {
+      id: "",
+      kind: before?.kind === "directory" ? "directory" : item.kind,
+      local: item.local,
+      remote: remotePath(context.root, item.local),
+      history: before?.history === "full" ? "full" : item.history,
+      comesHome: item.kind === "output" ? "all" : home,
+      ...more,
+    })
+  }
+  for (const item of found) add(item, {})
+  for (const item of found)
+    for (const input of item.flakeDirectory ? lockedInputs(item.flakeDirectory) : [])
+      if (!trees.has(input.local)) add(input, { comesHome: "nothing", input: input.only })
+  const all = [...trees.values()].filter(
+    (tree) =>
+      !(
+        tree.kind === "file" &&
+        [...trees.values()].some(
+          (other) => other !== tree && other.kind === "directory" && isWithin(tree.local, other.local),
+        )
+      ),
+  )
+  return all
+    .sort((a, b) => (a.local < b.local ? -1 : 1))
+    .map((tree) => ({ ...tree, id: hash(`${tree.kind} ${tree.local}`).slice(0, 16) }))
+}
+
+/**
+ * Inputs locked to absolute directories here (flake.lock, type "path"). Over there they are added to the
+ * store as "source": Nix takes a locked input with a narHash from the store if it is valid there.
+ */
+function lockedInputs(flakeDirectory: string): Needed[] {
+  let lock: { nodes?: Record<string, { locked?: { type?: string; path?: string } }> }
+  try {
+    lock = JSON.parse(fs.readFileSync(path.join(flakeDirectory, "flake.lock"), "utf8")) as typeof lock
+  } catch {
+    return []
+  }
+  return Object.values(lock.nodes ?? {}).flatMap(({ locked }) => {
+    const local = locked?.type === "path" ? locked.path : undefined
+    if (!local?.startsWith("/") || local.startsWith("/nix/store/") || !fs.existsSync(local)) return []
+    return [
+      { local: fs.realpathSync(local), kind: "directory" as const, history: "head" as const, only: "source" },
+    ]
+  })
+}
+
+/** Where result links may appear: the current directory, and the directories of -o and --profile. */
+function linkDirectories(scanned: Scan, cwd: string): string[] {
+  const outLink =
+    typeof scanned.outLink === "object" ? [path.dirname(path.resolve(cwd, scanned.outLink.path))] : []
+  const profiles = scanned.references
+    .filter((reference) => reference.kind === "path-profile")
+    .map((reference) => path.dirname(path.resolve(cwd, reference.path)))
+  return [...new Set([cwd, ...outLink, ...profiles])]
+}
+
+/** Where things are on both sides: the current directory, and the remote place of any local path. */
+type Mapping = Readonly<{ cwd: string; place: (local: string) => string }>
+
+/** A reference as a word for the other side; untouched where it means the same there. */
+function mapReference(reference: Reference, needed: Needed | undefined, map: Mapping): RemoteWord {
+  const { kind, prefix, scheme, query, suffix, word } = reference
+  if (kind === "store-link") return reference.target! + suffix
+  const typed = path.resolve(map.cwd, reference.path)
+  const real = fs.existsSync(typed) ? fs.realpathSync(typed) : typed
+  if (real.startsWith("/nix/store/")) return typed === real ? word : prefix + scheme + real + query + suffix
+  const target = needed?.flakeDirectory ?? (kind === "path-out" || kind === "path-profile" ? typed : real)
+  if (kind === "file")
+    return { prefix: `${prefix}${scheme}//`, home: map.place(target), suffix: query + suffix }
+  const relative = path.relative(map.place(map.cwd), map.place(target)) || "."
+  const dotted = relative.startsWith(".") ? relative : `./${relative}`
+  const isPlainDirectory = kind === "flake" && scheme === "" && needed?.kind === "directory"
+  const spelled = reference.path !== "" && !/^[?#^]/.test(word) && word !== "" && !/^[\w+]+:\/\//.test(word)
+  if (spelled && !isPlainDirectory && leadsTo(reference, target, map)) return word
+  // Below somebody else's .git over there (a home directory kept in git) a plain path would mean that repository.
+  const url = isPlainDirectory ? "path:" : scheme
+  return prefix + url + (url === "" ? dotted : encodeURI(dotted)) + query + suffix
+}
+
+/** Whether a relative path leads to the same place over there, perhaps by Nix's own search upwards. */
+function leadsTo(reference: Reference, target: string, map: Mapping): boolean {
+  const typed = path.resolve(map.cwd, reference.path)
+  if (path.isAbsolute(reference.path) || (fs.existsSync(typed) && fs.realpathSync(typed) !== typed))
+    return false
+  if (typed === map.cwd && reference.search === "upwards") return true
+  return (
+    typed === target &&
+    path.relative(map.place(map.cwd), map.place(target)) === path.relative(map.cwd, target)
+  )
+}
+
+function rewriteCommand(
+  program: string,
+  words: readonly string[],
+  plan: {
+    scanned: Scan
+    mapped: readonly { reference: Reference; word: RemoteWord }[]
+    implicit: Needed | undefined
+    map: Mapping
+  },
+): RemoteWord[] {
+  const { scanned, mapped, implicit, map } = plan
+  const rewritten = words.map((word, index): RemoteWord => {
+    const other = mapped.find(({ reference }) => reference.index === index)?.word ?? word
+    return scanned.updatePositional.includes(index) && typeof other === "string" ? { update: other } : other
+  })
+  if (scanned.implicit === "flake" && implicit?.kind === "directory" && scanned.insertAt >= 0) {
+    const relative = path.relative(map.place(map.cwd), map.place(implicit.flakeDirectory!)) || "."
+    rewritten.splice(scanned.insertAt, 0, `path:${encodeURI(relative)}`)
+  }
+  return [program, ...rewritten]
+}
+
+/** The root of this machine's trees on a host: readable name, and a hash that tells machines and users apart. */
+function clientRoot(where: { host: Host; slot: number; env: Env }): string {
+  const identities = ["/etc/machine-id", "/var/lib/dbus/machine-id"].map((file) => readText(file))
+  const machine = identities.find((identity) => identity) ?? os.hostname()
+  const readable =
+    os
+      .hostname()
+      .split(".")[0]!
+      .replace(/[^A-Za-z0-9-]/g, "")
+      .slice(0, 24) || "client"
+  const client = hash(`${machine} ${process.getuid?.()} ${homeOf(where.env)}`).slice(0, 8)
+  return `${where.host.directory}/${readable}-${client}${where.slot === 0 ? "" : `.${where.slot}`}`
+}
+
+/** The remote place of any local path: as it is inside a tree that travels, below the mirrored root elsewhere. */
+function placeIn(trees: readonly Tree[], root: string, local: string): string {
+  const tree = trees.findLast(
+    ({ kind, local: outer }) => (kind === "git" || kind === "directory") && isWithin(local, outer),
+  )
+  return tree ? path.posix.join(tree.remote, path.relative(tree.local, local)) : remotePath(root, local)
+}
+
+/**
+ * The place of a local path over there: only [A-Za-z0-9._/-]. Names with other characters become readable and
+ * unique by a hash; all others stay, so that `../dep` still leads from one tree to the other.
+ */
+export function remotePath(root: string, local: string): string {
+  const safe = (name: string) =>
+    /^[A-Za-z0-9._-]+$/.test(name)
+      ? name
+      : `${name.replace(/[^A-Za-z0-9._-]/g, "_").slice(0, 100)}-${hash(name).slice(0, 10)}`
+  return [
+    `${root}/tree`,
+    ...local
+      .split("/")
+      .filter((name) => name !== "")
+      .map(safe),
+  ].join("/")
+}
+
+const plainWord = (word: RemoteWord): string =>
+  typeof word === "string"
+    ? word
+    : "update" in word
+      ? word.update
+      : `${word.prefix}${word.home.startsWith("/") ? "" : "$HOME/"}${word.home}${word.suffix}`
+
+/** The plan as `--dry-run --json` prints it. */
+export function planAsJson(plan: Plan): string {
+  const { host, stateful, implicit, references, trees, cwd, command } = plan
+  return `${JSON.stringify({ host: host.name, stateful, implicit, references, trees: trees.map(({ local, remote, kind }) => ({ local, remote, kind })), cwd: cwd.remote, command: command.map(plainWord) }, null, 2)}\n`
+}
+
+/** The plan as the shell lines that would run, stage after stage. */
+export function describePlan(plan: Plan): string {
+  const line = (argv: readonly string[]) => argv.map(shellQuote).join(" ")
+  const ssh = ["ssh", ...plan.host.sshOptions, "--", plan.host.destination]
+  const upload = plan.trees
+    .filter((tree) => tree.kind !== "output")
+    .map((tree) => [
+      `# ${tree.kind} ${shown(tree.local)}: what changed since the last upload`,
+      line(
+        rsyncArguments(
+          plan.host,
+          ["ssh", ...plan.host.sshOptions],
+          `${rootHere(tree)}/`,
+          incomingOf(plan, tree),
+        ),
+      ),
+    ])
+  const words = plan.command.map((word) =>
+    typeof word === "string"
+      ? shellQuote(word)
+      : "update" in word
+        ? shellQuote(word.update)
+        : `${shellQuote(word.prefix)}"${plainWord({ ...word, prefix: "", suffix: "" })}"${shellQuote(word.suffix)}`,
+  )
+  const run = `cd ${shellQuote(plan.cwd.remote)} && ${words.join(" ")}`
+  const results =
+    plan.options.action === "dry-run"
+      ? [
+          `# result links that it made, after their closures came home`,
+          `${line([...ssh, "nix-store --export PATHS…"])} | nix-store --import`,
+          "nix-store --realise PATH --indirect --add-root LINK",
+        ]
+      : []
+  const home = plan.trees
+    .filter((tree) => tree.comesHome !== "nothing")
+    .map(
+      (tree) =>
+        `${line([...ssh, `tar -cf - -C ${tree.remote} CHANGED…`])} | tar -xf - -C STAGING   # then file by file into ${shown(tree.local)}${tree.comesHome === "all" ? "" : ": flake.lock only"}`,
+    )
+  return [...upload.flat(), "# run", line([...ssh, run]), ...results, ...home, ""].join("\n")
+}
+// ── 8. Local state: what belongs to a tree, and the last state that both sides agreed on ────────────────
+// A manifest per host and tree: path → type, mode, stat identity, content hash. What stat says is trusted
+// where it is unchanged, everything else is hashed; so no edit is missed, however small or quick.
+
+const MANIFEST_VERSION = 1
+
+/** Changes within this time before the scan could still be followed by one with the same timestamp. */
+const RACY_NANOSECONDS = 2_000_000_000n
+
+/** Directory of edict's own state: manifests and locks. */
+const stateDirectory = (env: Env): string =>
+  path.join(env.XDG_STATE_HOME || path.join(homeOf(env), ".local/state"), "edict")
+
+/** Directory of what can be made again: git copies, staging. */
+const cacheDirectory = (env: Env): string =>
+  path.join(env.XDG_CACHE_HOME || path.join(homeOf(env), ".cache"), "edict")
+
+const manifestFile = (context: Context, tree: Tree): string =>
+  path.join(
+    stateDirectory(context.env),
+    hash(`${context.plan.host.destination} ${context.plan.host.sshOptions.join(" ")} ${tree.remote}`).slice(
+      0,
+      24,
+    ),
+    `${tree.id}.json`,
+  )
+
+/** The manifest in `file`; undefined where there is none that can be read. */
+function readManifest(file: string): Manifest | undefined {
+  try {
+    const { version, token, previous, pruned, entries } = JSON.parse(fs.readFileSync(file, "utf8")) as {
+      version: number
+      token: string
+      previous?: string
+      pruned: Name[]
+      entries: [Name, string, number, string, string][]
+    }
+    if (version !== MANIFEST_VERSION) return undefined
+    const map = new Map(
+      entries.map(([name, type, mode, identity, contents]) => [
+        name,
+        { type: type as Entry["type"], mode, identity, hash: contents },
+      ]),
+    )
+    return { token, previous, pruned, entries: map }
+  } catch {
+    return undefined
+  }
+}
+
+/** Replaces a manifest as a whole: written beside, synced, renamed. */
+function writeManifest(file: string, manifest: Manifest): void {
+  const entries = [...manifest.entries].map(([name, entry]) => [
+    name,
+    entry.type,
+    entry.mode,
+    entry.identity,
+    entry.hash,
+  ])
+  fs.mkdirSync(path.dirname(file), { recursive: true, mode: 0o700 })
+  const temporary = `${file}.${process.pid}`
+  const descriptor = fs.openSync(temporary, "w", 0o600)
+  fs.writeSync(descriptor, JSON.stringify({ version: MANIFEST_VERSION, ...manifest, entries }))
+  fs.fsyncSync(descriptor)
+  fs.closeSync(descriptor)
+  fs.renameSync(temporary, file)
+}
+
+/** Where a path of a tree is read from: `inner` below `root`; .git comes from a copy elsewhere. */
+type Place = Readonly<{ name: Name; root: string; inner: Name }>
+
+/** What belongs to `tree` now: every path with its state, hashed where the manifest does not vouch for it. */
+async function scanTree(
+  tree: Tree,
+  known: ReadonlyMap<Name, Entry> | undefined,
+  env: Env,
+): Promise<Map<Name, Source>> {
+  const places = await listTree(tree, env)
+  const now = BigInt(Date.now()) * 1_000_000n
+  const sources = new Map<Name, Source>()
+  for (const place of places) {
+    const file = `${place.root}/${place.inner}`
+    const stat = lstat(file)
+    const type = stat ? typeOf(stat) : "other"
+    if (!stat || type === "other") continue
+    const before = known?.get(place.name)
+    const seen = type === "directory" ? "" : identityOf(stat)
+    const trusted = before !== undefined && seen !== "" && before.identity === seen && before.type === type
+    const settled = now - stat.ctimeNs > RACY_NANOSECONDS && now - stat.mtimeNs > RACY_NANOSECONDS
+    const entry = {
+      type,
+      mode: Number(stat.mode & 0o777n),
+      identity: settled ? seen : "",
+      hash: trusted ? before.hash : contentHash(file, type),
+    }
+    sources.set(place.name, { ...place, seen, entry })
+  }
+  return sources
+}
+
+async function listTree(tree: Tree, env: Env): Promise<Place[]> {
+  const root = bytes(tree.local)
+  switch (tree.kind) {
+    case "git":
+      return await listRepository(tree, root, "", env)
+    case "directory":
+      return listDirectory(root, "").map((name) => ({ name, root, inner: name }))
+    case "file":
+      return [
+        {
+          name: bytes(path.basename(tree.local)),
+          root: bytes(path.dirname(tree.local)),
+          inner: bytes(path.basename(tree.local)),
+        },
+      ]
+    case "output":
+      return []
+  }
+}
+
+/**
+ * Tracked and untracked, not ignored files of a repository, with those of submodules and nested repositories
+ * by their own rules, and the slim copies of .git. `git ls-files` also names deleted files (skipped by lstat
+ * later), unmerged paths three times, and directories for nested repositories (git 2.39).
+ */
+async function listRepository(tree: Tree, root: string, prefix: Name, env: Env): Promise<Place[]> {
+  const directory = prefix === "" ? root : `${root}/${prefix.slice(0, -1)}`
+  const copying = copyGit(text(directory), { history: tree.history, env })
+  copying.catch(() => undefined)
+  const listed = await capture(
+    git(text(directory), "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard"),
+  )
+  const places: Place[] = []
+  const tags = new Map(listed.split("\0").map((item) => [item.slice(2).replace(/\/$/, ""), item[0]]))
+  for (const [inner, tag] of tags) {
+    const stat = inner === "" || isOwn(inner) ? undefined : lstat(`${directory}/${inner}`)
+    // Result links are this side's own; Nix does not see an untracked one.
+    if (!stat || (tag === "?" && stat.isSymbolicLink() && linksToStore(`${directory}/${inner}`))) continue
+    const name = prefix + inner
+    if (!stat.isDirectory()) places.push({ name, root, inner: name })
+    else if (lstat(`${directory}/${inner}/.git`))
+      places.push(...(await listRepository(tree, root, `${name}/`, env)))
+  }
+  const copy = bytes(await copying)
+  return [
+    ...places,
+    ...listDirectory(copy, "").map((inner) => ({ name: `${prefix}.git/${inner}`, root: copy, inner })),
+  ]
+}
+
+/** Every path below a directory, directories first; not edict's own conflicts. */
+function listDirectory(root: string, prefix: Name): Name[] {
+  return fs
+    .readdirSync(buffer(prefix === "" ? root : `${root}/${prefix.slice(0, -1)}`), { encoding: "buffer" })
+    .flatMap((item) => {
+      const name = prefix + item.toString("latin1")
+      if (isOwn(name)) return []
+      return lstat(`${root}/${name}`)?.isDirectory() ? [name, ...listDirectory(root, `${name}/`)] : [name]
+    })
+}
+
+/** Paths that edict makes itself in a tree outside git. */
+const isOwn = (name: Name): boolean => /^\.edict-(conflicts|stage)(\/|$)/.test(name)
+
+/** What must go over, given the last agreed state and the tree as it is. */
+export function compareTrees(before: ReadonlyMap<Name, Entry>, now: ReadonlyMap<Name, Source>): Delta {
+  const send = [...now.values()].filter(({ name, entry }) => !isSame(before.get(name), entry))
+  const gone = [...before].filter(([name, entry]) => now.get(name)?.entry.type !== entry.type)
+  const files = gone.filter(([, entry]) => entry.type !== "directory").map(([name]) => name)
+  const kept = new Set([...now.keys()].flatMap(parentsOf))
+  const emptied = new Set([
+    ...files.flatMap(parentsOf),
+    ...gone.filter(([, entry]) => entry.type === "directory").map(([name]) => name),
+  ])
+  const directories = [...emptied].filter(
+    (name) => !kept.has(name) && now.get(name)?.entry.type !== "directory",
+  )
+  return { send, remove: files, removeDirectories: directories.sort((a, b) => b.length - a.length) }
+}
+
+/** Every directory above a path, the nearest last. */
+const parentsOf = (name: Name): Name[] =>
+  name
+    .split("/")
+    .slice(0, -1)
+    .map((_, at, parts) => parts.slice(0, at + 1).join("/"))
+
+const isSame = (a: Entry | undefined, b: Entry): boolean =>
+  a !== undefined && a.type === b.type && a.hash === b.hash && (a.type !== "file" || a.mode === b.mode)
+// ── 9. Git copies: what of .git travels ─────────────────────────────────────────────────────────────────
+// Nix derives rev, dirtyRev, revCount and lastModified from HEAD, the index, the trees and blobs of HEAD and all
+// commit objects (some 250 bytes each). That much travels, as plain pack files, made anew only by what is new;
+// never hooks, never the user's config. A worktree's or submodule's .git file becomes a directory of its own.
+
+type GitState = Readonly<{
+  directory: string
+  index: string
+  head: string
+  branch: string
+  refs: string
+  shallow: string
+  config: string
+}>
+
+/** argv of git in `directory`: no locks taken, no hooks or monitors of the repository run. */
+function git(directory: string, ...words: string[]): string[] {
+  return [
+    "git",
+    "--no-optional-locks",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    "core.hooksPath=/dev/null",
+    "-c",
+    "safe.directory=*",
+    "-C",
+    directory,
+    ...words,
+  ]
+}
+
+/** Makes or renews the slim copy of a repository's .git; answers the directory that holds it. */
+async function copyGit(repository: string, how: { history: Tree["history"]; env: Env }): Promise<string> {
+  const copy = path.join(cacheDirectory(how.env), "git", hash(`${repository} ${how.history}`).slice(0, 24))
+  const state = await readGitState(repository)
+  fs.mkdirSync(path.join(copy, "objects/pack"), { recursive: true, mode: 0o700 })
+  fs.mkdirSync(path.join(copy, "refs/heads"), { recursive: true })
+  await copyIndex(state, { repository, copy })
+  const sent = readText(`${copy}.sent`)
+  const index = fs.existsSync(path.join(copy, "index")) ? hash(fs.readFileSync(path.join(copy, "index"))) : ""
+  const wanted = [state.head, index, state.refs].join("\n")
+  if (sent !== wanted) {
+    await packObjects(repository, { state, copy, sentHead: sent?.split("\n")[0] ?? "", history: how.history })
+    replaceFile(`${copy}.sent`, wanted)
+  }
+  const branch = state.branch !== "" && state.head !== "" ? `${state.head} ${state.branch}\n` : ""
+  const others = state.refs
+    .split("\n")
+    .filter(
+      (line) =>
+        line !== "" &&
+        line.split(" ")[1] !== state.branch &&
+        (how.history === "full" || line.includes(" refs/tags/")),
+    )
+  const packed = [...others, ...(branch ? [branch.trim()] : [])].sort((a, b) =>
+    a.slice(41) < b.slice(41) ? -1 : 1,
+  )
+  replaceFile(path.join(copy, "packed-refs"), packed.map((line) => `${line}\n`).join(""))
+  replaceFile(path.join(copy, "HEAD"), state.branch !== "" ? `ref: ${state.branch}\n` : `${state.head}\n`)
+  replaceFile(path.join(copy, "config"), state.config)
+  if (state.shallow === "") fs.rmSync(path.join(copy, "shallow"), { force: true })
+  else replaceFile(path.join(copy, "shallow"), state.shallow)
+  return copy
+}
+
+/** What the copy is made from; `head` is "" before the first commit, `branch` "" on a detached HEAD. */
+async function readGitState(repository: string): Promise<GitState> {
+  const [paths, head, branch, refs, settings] = await Promise.all([
+    capture(
+      git(
+        repository,
+        "rev-parse",
+        "--path-format=absolute",
+        "--absolute-git-dir",
+        "--git-path",
+        "index",
+        "--git-path",
+        "shallow",
+      ),
+    ),
+    capture(git(repository, "rev-parse", "--verify", "--quiet", "HEAD"), "may-fail"),
+    capture(git(repository, "symbolic-ref", "--quiet", "HEAD"), "may-fail"),
+    capture(git(repository, "for-each-ref", "--format=%(objectname) %(refname)", "refs/heads", "refs/tags")),
+    capture(
+      git(
+        repository,
+        "config",
+        "--null",
+        "--get-regexp",
+        "^(user\\.(name|email)|core\\.(filemode|symlinks|ignorecase|autocrlf|eol|precomposeunicode)|extensions\\.objectformat|submodule\\..*\\.active|submodule\\..*\\.url)$",
+      ),
+      "may-fail",
+    ),
+  ])
+  const [directory, index, shallow] = paths.split("\n")
+  return {
+    directory: directory!,
+    index: index!,
+    head: head.trim(),
+    branch: branch.trim(),
+    refs,
+    shallow: readText(shallow!) ?? "",
+    config: minimalConfig(settings),
+  }
+}
+
+/** The config of the copy: identity and how files are read; never urls with tokens, filters, hooks or includes. */
+export function minimalConfig(settings: string): string {
+  const pairs = settings
+    .split("\0")
+    .filter((pair) => pair !== "")
+    .map((pair): [string, string] => [pair.slice(0, pair.indexOf("\n")), pair.slice(pair.indexOf("\n") + 1)])
+  const quoted = (value: string) =>
+    `"${value.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n").replace(/\t/g, "\\t")}"`
+  const format = pairs.find(([key]) => key === "extensions.objectformat")
+  const lines = [
+    ["core.repositoryformatversion", format ? "1" : "0"],
+    ["core.bare", "false"],
+    ...new Map(pairs),
+  ]
+    .filter(([key]) => !key!.endsWith(".url"))
+    .map(([key, value]) => {
+      const parts = /^([^.]+)\.(?:(.*)\.)?([^.]+)$/s.exec(key!)!
+      return `[${parts[1]}${parts[2] === undefined ? "" : ` ${quoted(parts[2])}`}]\n\t${parts[3]} = ${quoted(value!)}\n`
+    })
+  const active = pairs
+    .filter(([key]) => key.endsWith(".url"))
+    .map(
+      ([key]) => `[submodule ${quoted(key.slice("submodule.".length, -".url".length))}]\n\tactive = "true"\n`,
+    )
+  return [...lines, ...active].join("")
+}
+
+/** The index as one file: Nix since 2.20 refuses a split index. Written only when its bytes changed. */
+async function copyIndex(state: GitState, to: { repository: string; copy: string }): Promise<void> {
+  const { repository, copy } = to
+  const target = path.join(copy, "index")
+  if (!fs.existsSync(state.index)) return fs.rmSync(target, { force: true })
+  const split = fs.readdirSync(path.dirname(state.index)).some((name) => name.startsWith("sharedindex."))
+  if (!split) return replaceFile(target, fs.readFileSync(state.index))
+  const temporary = path.join(path.dirname(state.index), `edict-index.${process.pid}`)
+  try {
+    fs.copyFileSync(state.index, temporary)
+    await capture([
+      "env",
+      `GIT_INDEX_FILE=${temporary}`,
+      ...git(repository, "update-index", "--no-split-index"),
+    ])
+    replaceFile(target, fs.readFileSync(temporary))
+  } finally {
+    fs.rmSync(temporary, { force: true })
+  }
+}
+
+/**
+ * Adds a pack with what the copy lacks: all commits of HEAD, trees and blobs of HEAD and its parent, what is
+ * staged, and tags on the way; for a full history every object of every ref.
+ */
+async function packObjects(
+  repository: string,
+  work: { state: GitState; copy: string; sentHead: string; history: Tree["history"] },
+): Promise<void> {
+  const { state, copy, sentHead, history } = work
+  const packs = path.join(copy, "objects/pack")
+  const known = sentHead !== "" && (await succeeds(git(repository, "cat-file", "-e", `${sentHead}^{commit}`)))
+  const fresh = !known || history === "full" || fs.readdirSync(packs).length > 40
+  if (fresh) for (const name of fs.readdirSync(packs)) fs.rmSync(path.join(packs, name))
+  const g = git(repository).map(shellQuote).join(" ")
+  const tree = (commit: string) =>
+    `${g} rev-list --objects --no-object-names '${commit}^{tree}'${fresh ? "" : ` --not '${sentHead}^{tree}'`}`
+  const ofHead = [
+    `${g} rev-list HEAD${fresh ? "" : ` --not ${sentHead}`}`,
+    tree("HEAD"),
+    `if ${g} rev-parse -q --verify 'HEAD~1^{tree}' >/dev/null; then ${tree("HEAD~1")}; fi`,
+    `${g} for-each-ref --merged HEAD --format='%(objectname)' refs/tags`,
+    `${g} diff-index --cached HEAD | awk '$4 !~ /^0+$/ && $2 != "160000" { print $4 }'`,
+  ]
+  const unborn = [`${g} ls-files --stage | awk '$1 != "160000" { print $2 }'`]
+  const everything = [`${g} rev-list --objects --no-object-names --all HEAD`, ofHead.at(-1)!]
+  const list = state.head === "" ? unborn : history === "full" ? everything : ofHead
+  const pack = `${g} pack-objects -q --non-empty ${shellQuote(path.join(packs, "pack"))}`
+  await capture(["bash", "-c", `set -e -o pipefail; { ${list.join("; ")}; } | sort -u | ${pack}`])
+}
+
+/** Writes a file whole, and only if its content differs: an unchanged file keeps its stat identity. */
+function replaceFile(file: string, content: string | Buffer): void {
+  const wanted = typeof content === "string" ? Buffer.from(content) : content
+  try {
+    if (fs.readFileSync(file).equals(wanted)) return
+  } catch {
+    // it is not there yet
+  }
+  fs.writeFileSync(`${file}.new`, wanted)
+  fs.renameSync(`${file}.new`, file)
+}
+// ── 10. Upload: the remote trees become what the local ones are ─────────────────────────────────────────
+// The agent says whether a tree is what the manifest takes it for. What differs goes by rsync, from explicit
+// lists, into an empty directory beside the tree, and is put in its place when all of it is there.
+
+/** Brings every tree up to date; answers their agreed states. Nothing of a failed upload is put in place. */
+async function upload(context: Context): Promise<TreeState[]> {
+  const scans = context.plan.trees.map((tree) => scanAgainst(context, tree))
+  for (const scan of scans) scan.catch(() => undefined)
+  const states: TreeState[] = []
+  for (const [at, tree] of context.plan.trees.entries())
+    states.push(await uploadTree(context, tree, await scans[at]!))
+  for (const { tree } of states) if (tree.input) await context.session!.ask("input", tree.id, tree.input)
+  await uploadStorePaths(context)
+  return states
+}
+
+type Scanned = Readonly<{ manifest: Manifest | undefined; sources: ReadonlyMap<Name, Source> }>
+
+async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
+  const manifest = readManifest(manifestFile(context, tree))
+  return { manifest, sources: await scanTree(tree, manifest?.entries, context.env) }
+}
+
+async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promise<TreeState> {
+  const file = manifestFile(context, tree)
+  const next = readManifest(`${file}.next`)
+  const opened = await openTree(context, tree, {
+    pruned: scanned.manifest?.pruned ?? [],
+    tokens: [scanned.manifest?.token, scanned.manifest?.previous, next?.token],
+    sources: scanned.sources,
+  })
+  const agreed = opened.state === "fresh" ? undefined : next?.token === opened.token ? next : scanned.manifest
+  let { sources } = scanned
+  let before = agreed?.entries ?? new Map<Name, Entry>()
+  if (agreed && opened.changes.length > 0) {
+    before = await recover(context, { tree, manifest: agreed }, opened)
+    sources = await scanTree(tree, before, context.env)
+  }
+  const delta = compareTrees(before, sources)
+  const entries = new Map([...sources].map(([name, { entry }]) => [name, entry]))
+  if (
+    agreed &&
+    opened.changes.length === 0 &&
+    delta.send.length + delta.remove.length + delta.removeDirectories.length === 0
+  ) {
+    const manifest = { ...agreed, entries }
+    if ([...entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity))
+      writeManifest(file, manifest)
+    return { tree, manifest }
+  }
+  if (delta.send.length > 0) await sendFiles(context, tree, delta)
+  const manifest = {
+    token: randomName(),
+    entries: distrustMoved(entries, delta.send),
+    pruned: agreed?.pruned ?? [],
+  }
+  writeManifest(`${file}.next`, manifest)
+  await commitTree(context, tree, { delta, token: manifest.token, sources })
+  fs.renameSync(`${file}.next`, file)
+  return { tree, manifest }
+}
+
+/** What the agent says of a tree: `same` as agreed, `drifted` (changed by somebody else), `interrupted`, `fresh`. */
+type Opened = Readonly<{
+  state: "same" | "drifted" | "interrupted" | "fresh"
+  token: string
+  changes: readonly Change[]
+}>
+
+async function openTree(
+  context: Context,
+  tree: Tree,
+  known: {
+    pruned: readonly Name[]
+    tokens: readonly (string | undefined)[]
+    sources: ReadonlyMap<Name, Source>
+  },
+): Promise<Opened> {
+  const [root, only] = remoteRootOf(tree)
+  const nested = context.plan.trees.filter(
+    (other) => other !== tree && other.kind === "directory" && isWithin(other.local, tree.local),
+  )
+  const pruned = [...known.pruned, ...nested.map((other) => bytes(path.relative(tree.local, other.local)))]
+  const patterns = pruned
+    .filter((name) => !name.includes("\n"))
+    .map((name) => `./${name.replace(/[*?[\\]/g, "\\$&")}\n`)
+  const tokens = known.tokens.filter((token) => token !== undefined).join(" ")
+  const prefixes = [...new Set([...known.sources.values()].map(prefixOf))].join("\n")
+  const answer = await context.session!.askBytes(
+    "tree",
+    tree.id,
+    root,
+    bytes(only),
+    patterns.join(""),
+    tokens,
+    prefixes,
+  )
+  const state = answer.find((line) => line.startsWith("s "))!.split(" ")
+  return {
+    state: state[1] as Opened["state"],
+    token: state[2]!,
+    changes: parseChanges(answer.filter((line) => !line.startsWith("s "))),
+  }
+}
+
+/** Remote directory of a tree, and the one name in it for a tree that is a single path. */
+function remoteRootOf(tree: Tree): [string, string] {
+  return tree.kind === "file" || tree.kind === "output"
+    ? [path.posix.dirname(tree.remote), path.basename(tree.local)]
+    : [tree.remote, ""]
+}
+
+/** Where an upload waits until it is whole. */
+const incomingOf = (plan: Plan, tree: Tree): string => `${plan.root}/meta/${tree.id}/in/`
+
+/**
+ * argv of the rsync that carries listed files up; the list comes on standard input, NUL-separated. -I: no quick
+ * check (it compares whole seconds), the manifest has decided. No -o -g: a tree owned by another uid is refused
+ * by git and Nix.
+ */
+export function rsyncArguments(host: Host, ssh: readonly string[], from: string, to: string): string[] {
+  const quoted = ssh
+    .map((word) => (/^[A-Za-z0-9_./=:@%+,-]+$/.test(word) ? word : `'${word.replaceAll("'", "''")}'`))
+    .join(" ")
+  const [user, name] = /^(?:(.*)@)?(.*)$/s.exec(host.destination)!.slice(1)
+  const destination = `${user === undefined ? "" : `${user}@`}${name!.includes(":") ? `[${name}]` : name}`
+  return [
+    "rsync",
+    "-lptI",
+    "--chmod=Du+rwx",
+    "--whole-file",
+    "--from0",
+    "--files-from=-",
+    "-e",
+    quoted,
+    "--",
+    from,
+    `${destination}:${to}`,
+  ]
+}
+
+/** Carries files into the empty directory beside the tree: one rsync for each directory they are read from. */
+async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<void> {
+  const groups = Map.groupBy(delta.send, (source) => JSON.stringify([source.root, prefixOf(source)]))
+  await Promise.all(
+    [...groups].map(async ([key, sources]) => {
+      const [root, prefix] = JSON.parse(key) as [string, string]
+      const input = Buffer.from(sources.map(({ inner }) => `${inner}\0`).join(""), "latin1")
+      const argv = rsyncArguments(
+        context.plan.host,
+        sshProgram(context),
+        `${text(root)}/`,
+        incomingOf(context.plan, tree) + text(prefix),
+      )
+      await execute(context, argv, { input, what: `upload of ${shown(tree.local)}` })
+    }),
+  )
+}
+
+/** What a path's name in the tree has before its name in the directory it is read from: "", or ".git/". */
+const prefixOf = ({ name, inner }: Source): Name => name.slice(0, name.length - inner.length)
+
+/** Files that changed while they travelled are sent again next time: what is there is not known. */
+function distrustMoved(entries: ReadonlyMap<Name, Entry>, sent: readonly Source[]): Map<Name, Entry> {
+  const result = new Map(entries)
+  for (const { root, inner, name, seen, entry } of sent) {
+    const stat = lstat(`${root}/${inner}`)
+    if (entry.type !== "directory" && (!stat || identityOf(stat) !== seen))
+      result.set(name, { ...entry, identity: "", hash: UNKNOWN })
+  }
+  return result
+}
+
+/** Has the agent put an upload in its place. */
+async function commitTree(
+  context: Context,
+  tree: Tree,
+  upload: { delta: Delta; token: string; sources: ReadonlyMap<Name, Source> },
+): Promise<void> {
+  const { session } = context
+  const zeroed = (names: readonly Name[]) => names.map((name) => `./${name}\0`).join("")
+  const requests = []
+  if (upload.delta.remove.length > 0)
+    requests.push(session!.askBytes("list", tree.id, "remove", zeroed(upload.delta.remove)))
+  if (upload.delta.removeDirectories.length > 0)
+    requests.push(session!.askBytes("list", tree.id, "rmdir", zeroed(upload.delta.removeDirectories)))
+  // Nix takes the newest mtime of a `path:` flake, directories included, for lastModified.
+  if (tree.kind === "directory")
+    requests.push(session!.ask("list", tree.id, "newest", newestOf(tree, upload.sources)))
+  await Promise.all([...requests, session!.ask("commit", tree.id, upload.token)])
+}
+
+/** The newest mtime of a tree in seconds since 1970, its root included. */
+function newestOf(tree: Tree, sources: ReadonlyMap<Name, Source>): string {
+  const stats = [
+    lstat(bytes(tree.local)),
+    ...[...sources.values()].map(({ root, inner }) => lstat(`${root}/${inner}`)),
+  ]
+  const newest = stats.reduce((most, stat) => (stat && stat.mtimeNs > most ? stat.mtimeNs : most), 0n)
+  return String(newest / 1_000_000_000n)
+}
+
+/** Store paths that the command names by a link here: what the host lacks of their closures goes there. */
+async function uploadStorePaths(context: Context): Promise<void> {
+  const { storePaths } = context.plan
+  if (storePaths.length === 0) return
+  const closure = lines(await capture(["nix-store", "--query", "--requisites", ...storePaths]))
+  const missing = (await context.session!.ask("missing", ...closure)).map((line) => line.slice(2))
+  if (missing.length === 0) return
+  const script = `${REMOTE_PATH}exec nix-store --import >/dev/null`
+  await execute(
+    context,
+    pipeline(["nix-store", "--export", ...missing], withScript(sshArguments(context), script)),
+    { what: "upload of store paths" },
+  )
+}
+
+// ── 11. Run: the command, over there ────────────────────────────────────────────────────────────────────
+
+/** How the command ended, and what the agent saw of its doing. */
+type Outcome = Readonly<{
+  exitCode: number
+  links: readonly ResultLink[]
+  changes: ReadonlyMap<string, readonly Change[]>
+  unseen: readonly string[]
+}>
+
+/**
+ * Runs the command with our standard streams. The agent's answer holds the exit code: ssh's own 255 could be
+ * the command's, too.
+ */
+async function runCommand(context: Context, states: readonly TreeState[]): Promise<Outcome> {
+  const { plan, session } = context
+  const id = context.run
+  const watched = states
+    .filter(({ tree }) => tree.comesHome !== "nothing")
+    .map(({ tree }) => `${tree.id} ${tree.comesHome}\n`)
+  const directories = plan.linkDirectories.map(({ remote }) => `${remote}\n`)
+  const answer = session!.ask(
+    "run",
+    id,
+    plan.host.directory,
+    COMMAND_SCRIPT,
+    watched.join(""),
+    directories.join(""),
+    ...encodeCommand(plan),
+  )
+  const terminal = wantsTerminal(plan.options)
+  const argv = [...sshArguments(context, terminal ? "-t" : "-T"), commandLine(plan.host.directory, id)]
+  context.running = true
+  const beat = setInterval(() => session!.tell("alive"), 3000)
+  try {
+    const ended = foreground(context, argv, { detached: context.multiplexed && !terminal })
+    const report = await Promise.race([answer, ended.then((code) => lateAnswer(context, answer, code))])
+    await ended
+    return parseReport(report, plan)
+  } finally {
+    clearInterval(beat)
+    context.running = false
+  }
+}
+
+/** The command's ssh has ended: the agent's answer follows within seconds, or the connection is gone. */
+async function lateAnswer(context: Context, answer: Promise<string[]>, code: number): Promise<string[]> {
+  const lost = new Promise<never>((_, reject) => {
+    const timer = setTimeout(
+      () =>
+        reject(
+          new EdictError(
+            `the connection to ${context.plan.host.name} was lost (ssh ended with ${code}); its changes come home with the next run`,
+            "",
+            SSH_FAILED,
+          ),
+        ),
+      60_000,
+    )
+    timer.unref()
+  })
+  return await Promise.race([answer, lost])
+}
+
+/** A pty only when all three streams are terminals: it would merge stdout and stderr, and add carriage returns. */
+function wantsTerminal(options: Options): boolean {
+  if (options.tty !== "auto") return options.tty === "always"
+  return [0, 1, 2].every((descriptor) => isTerminal(descriptor))
+}
+
+/** Directory, environment and words of the command, each with a letter for what it is, as COMMAND_SCRIPT reads them. */
+export function encodeCommand(plan: Plan): string[] {
+  const variables = Object.entries(plan.host.env).map(([name, value]) => `e${name}=${value}`)
+  const words = plan.command.flatMap((word) => {
+    if (typeof word === "string") return [`w${word}`]
+    if ("update" in word) return [`u${word.update}`]
+    return [`p${word.prefix}`, `h${word.home}`, `s${word.suffix}`]
+  })
+  return [`d${plan.cwd.remote}`, ...variables, ...words]
+}
+
+/**
+ * The agent's report: `x CODE`; `l NUMBER NAME` and `tTARGET` for each link in a link directory; `d TREE` and
+ * then the changes of that tree. Links into the store are results, wherever they are.
+ */
+function parseReport(answer: readonly string[], plan: Plan): Outcome {
+  const trees = answer.flatMap((line, at) => (line.startsWith("d ") ? [{ id: line.slice(2), at }] : []))
+  const end = trees[0]?.at ?? answer.length
+  const changes = new Map(
+    trees.map(({ id, at }, index) => [
+      id,
+      parseChanges(answer.slice(at + 1, trees[index + 1]?.at ?? answer.length)),
+    ]),
+  )
+  const links = answer.slice(0, end).flatMap((line, at) => {
+    const found = /^l (\d+) (.*)$/s.exec(line)
+    const directory = found && plan.linkDirectories[Number(found[1]) - 1]
+    return directory
+      ? [{ link: path.join(directory.local, text(found[2]!)), target: answer[at + 1]!.slice(1) }]
+      : []
+  })
+  const inTrees = plan.trees
+    .filter((tree) => tree.comesHome === "all")
+    .flatMap((tree) =>
+      (changes.get(tree.id) ?? []).filter(isStoreLink).map((change) => ({
+        link: path.join(rootHere(tree), text(change.name)),
+        target: text(change.target!),
+      })),
+    )
+  const code = answer.find((line) => line.startsWith("x "))?.slice(2)
+  return {
+    exitCode: Number(code ?? EDICT_FAILED),
+    links: [...links, ...inTrees].filter(({ target }) => isStorePath(target)),
+    changes,
+    unseen: answer.filter((line) => line.startsWith("e ")).map((line) => line.slice(2)),
+  }
+}
+
+const isStorePath = (target: string): boolean =>
+  /^\/nix\/store\/[0-9a-z]{32}-[A-Za-z0-9+._?=-]+$/.test(target)
+const linksToStore = (file: string): boolean => isStorePath(linkText(text(file)) ?? "")
+const isStoreLink = (change: Change): boolean =>
+  change.what !== "deleted" && change.type === "link" && isStorePath(change.target ?? "")
+
+/** Lines of `differences` → one Change for each path; `tTEXT` and `nNAME` carry the texts of links. */
+export function parseChanges(answer: readonly string[]): Change[] {
+  const targets = new Map<Name, string>()
+  const sides = new Map<Name, { old?: Listed; new?: Listed }>()
+  const unescape = (name: string) => name.replaceAll("\u0001", "\n")
+  for (const [at, line] of answer.entries()) {
+    const following = answer[at + 1]
+    if (line.startsWith("t") && following?.startsWith("n"))
+      targets.set(nameOf(unescape(following.slice(1))), unescape(line.slice(1)))
+    if (!/^[+-]/.test(line)) continue
+    const listed = parseListed(line.slice(1))
+    const name = nameOf(unescape(listed.name))
+    if (name === "") continue
+    sides.set(name, { ...sides.get(name), [line.startsWith("+") ? "new" : "old"]: listed })
+  }
+  return [...sides].map(([name, { old, new: now }]) => ({
+    name,
+    what: now === undefined ? "deleted" : old === undefined ? "created" : "changed",
+    type: (now ?? old)!.type,
+    mode: (now ?? old)!.mode,
+    modeOnly: old !== undefined && now !== undefined && old.content === now.content && old.type === now.type,
+    target: targets.get(name),
+  }))
+}
+
+type Listed = Readonly<{ type: Change["type"]; mode: number; content: string; name: string }>
+
+const nameOf = (listed: string): Name => (listed === "." ? "" : listed.replace(/^\.\//, ""))
+
+/** One line of the remote listing: `f644/INODE/SIZE/MTIME/CTIME/./NAME` (GNU find) or `x81a4/…` (stat). */
+function parseListed(line: string): Listed {
+  const [kind, inode, size, mtime] = line.split("/", 5)
+  const name = line.split("/").slice(5).join("/")
+  const types: Record<string, Change["type"]> = {
+    f: "file",
+    l: "link",
+    d: "directory",
+    8: "file",
+    a: "link",
+    4: "directory",
+  }
+  const isStat = kind!.startsWith("x")
+  const mode = isStat ? Number.parseInt(kind!.slice(1), 16) : Number.parseInt(kind!.slice(1), 8)
+  const type = types[isStat ? (mode >> 12).toString(16) : kind![0]!] ?? "other"
+  return { type, mode: mode & 0o7777, content: `${inode} ${size} ${mtime}`, name }
+}
+
+// ── 12. Results: links that the command made, with their closures ───────────────────────────────────────
+
+/** Brings the closures of result links here, then makes the links as gc roots. */
+async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
+  const { report, plan } = context
+  if (outcome.links.length === 0) return
+  if (!hasProgram("nix-store", context.env)) {
+    for (const { link, target } of outcome.links)
+      note(context, `no nix here: ${shown(path.basename(link))} is ${target} on ${plan.host.name}`)
+    return
+  }
+  const targets = [...new Set(outcome.links.map(({ target }) => target))]
+  if ((await invalidHere(targets)).length > 0) await fetchClosures(context, targets)
+  const blocked: EdictError[] = []
+  for (const { link, target } of outcome.links) {
+    const text = linkText(link)
+    const free = text === undefined ? !lstat(bytes(link)) : text.startsWith("/nix/store/")
+    if (!free)
+      blocked.push(
+        new EdictError(
+          `${shown(link)} is no link into the store, so it stays; the result is ${target}`,
+          `mv ${shellQuote(link)} ${shellQuote(`${link}.mine`)} && nix-store --realise ${target} --add-root ${shellQuote(link)} --indirect`,
+        ),
+      )
+    else await linkResult(context, { link, target })
+  }
+  if (blocked[0]) throw blocked[0]
+  if (report.resultLinks.length > 0)
+    note(
+      context,
+      report.resultLinks
+        .map(({ link, target }) => `${shown(path.relative(plan.cwd.local, link))} -> ${target}`)
+        .join("\nedict: "),
+    )
+}
+
+/** A link here that is a gc root; Nix replaces only links into the store. */
+async function linkResult(context: Context, result: ResultLink): Promise<void> {
+  fs.mkdirSync(path.dirname(result.link), { recursive: true })
+  await capture(["nix-store", "--realise", result.target, "--add-root", result.link, "--indirect"])
+  context.report.resultLinks.push(result)
+}
+
+/** Which of these store paths are not valid here. */
+async function invalidHere(paths: readonly string[]): Promise<string[]> {
+  return lines(await capture(["nix-store", "--check-validity", "--print-invalid", ...paths]))
+}
+
+/** Brings the closures of store paths from the host: streamed where this user is trusted, else with signatures. */
+async function fetchClosures(context: Context, targets: readonly string[]): Promise<void> {
+  const { plan } = context
+  const closure = await execute(context, [...sshArguments(context), BOOT_LINE], {
+    input: Buffer.from(
+      `${encodeScript(`${REMOTE_PATH}exec nix-store --query --requisites ${targets.join(" ")}`)}\n`,
+    ),
+    what: "closure of the result",
+  })
+  const paths = lines(closure)
+  const odd = paths.find((line) => !isStorePath(line))
+  if (odd !== undefined) throw new EdictError(`${plan.host.name} named ${shown(odd)} as a store path`)
+  const missing = await invalidHere(paths)
+  if (missing.length === 0) return
+  if (!plan.host.requireSignatures && (await isTrustedHere())) {
+    const script = `${REMOTE_PATH}exec nix-store --export ${missing.join(" ")}`
+    await execute(context, pipeline([...sshArguments(context), BOOT_LINE], ["nix-store", "--import"]), {
+      input: Buffer.from(`${encodeScript(script)}\n`),
+      what: "retrieval of the result",
+    })
+    return
+  }
+  const environment = ["env", `NIX_SSHOPTS=${sshProgram(context).slice(1).join(" ")}`]
+  await execute(
+    context,
+    [
+      ...environment,
+      "nix",
+      "--extra-experimental-features",
+      "nix-command",
+      "copy",
+      "--from",
+      `ssh://${plan.host.destination}`,
+      ...targets,
+    ],
+    { what: "retrieval of the result" },
+  )
+}
+
+/** Whether the store here takes unsigned paths from this user: it is its own (no daemon), or the daemon trusts it. */
+async function isTrustedHere(): Promise<boolean> {
+  if (process.getuid?.() === 0) return true
+  const info = await capture(
+    ["nix", "--extra-experimental-features", "nix-command", "store", "info", "--json"],
+    "may-fail",
+  )
+  if (/"trusted":\s*(1|true)/.test(info)) return true
+  if (info !== "") return false
+  return fs.existsSync("/nix/var/nix/db") && canWrite("/nix/var/nix/db")
+}
+// ── 13. Sync back: what the command changed comes home, never over an edit made here meanwhile ──────────
+// Base is what was uploaded. Contents come as a tar stream into an empty private directory and are applied file by
+// file: where base and local differ, local stays. Nothing below a .git is ever written, nor through a link.
+
+const MASS_DELETE_SHARE = 0.5
+const MASS_DELETE_LEAST = 20
+
+/** Brings home the changes of every tree; conflicts are reported at the end, and the manifests are renewed. */
+async function syncBack(context: Context, states: readonly TreeState[], outcome: Outcome): Promise<void> {
+  for (const problem of outcome.unseen)
+    throw new EdictError(
+      `what the command changed is not known: ${shown(problem)}`,
+      "run it again: the next run brings home what is over there",
+    )
+  for (const state of states) {
+    const changes = outcome.changes.get(state.tree.id) ?? []
+    if (changes.length === 0) continue
+    const home = await bringHome(context, state, { changes, deletions: "honour" })
+    const manifest = {
+      token: randomName(),
+      previous: state.manifest.token,
+      entries: home.entries,
+      pruned: home.pruned,
+    }
+    writeManifest(manifestFile(context, state.tree), manifest)
+    context.session!.tell("agreed", state.tree.id, manifest.token)
+  }
+  tellChanges(context)
+}
+
+/** What came home and what did not, at the end of a run. */
+function tellChanges({ report, plan }: Context): void {
+  const { changed, conflicts } = report
+  if (plan.options.verbosity < 0 && conflicts.length === 0) return
+  if (changed.length > 0 && plan.options.verbosity >= 0)
+    say(
+      `${changed.length} file${changed.length === 1 ? "" : "s"} changed here: ${changed.slice(0, 8).map(shown).join(", ")}${changed.length > 8 ? ", …" : ""}`,
+    )
+  for (const { file, kept, why } of conflicts) {
+    say(`conflict: ${shown(file)} ${why}`)
+    if (kept)
+      say(`  theirs is kept: git diff --no-index -- ${shellQuote(shown(file))} ${shellQuote(shown(kept))}`)
+  }
+}
+
+/** A tree's changes were found before the upload: an earlier run was cut off, or somebody worked over there. */
+async function recover(context: Context, state: TreeState, opened: Opened): Promise<Map<Name, Entry>> {
+  if (opened.state === "interrupted")
+    note(context, `an earlier run on ${context.plan.host.name} was cut off; first its changes come home`)
+  const wanted =
+    opened.state === "interrupted" ? { ...state, tree: { ...state.tree, comesHome: "all" as const } } : state
+  return (
+    await bringHome(context, wanted, {
+      changes: opened.changes,
+      deletions: opened.state === "interrupted" ? "honour" : "ignore",
+    })
+  ).entries
+}
+
+type Homecoming = Readonly<{ changes: readonly Change[]; deletions: "honour" | "ignore" }>
+
+/** Applies a tree's changes here; answers what the remote tree holds now, and which ignored directories to skip there. */
+async function bringHome(
+  context: Context,
+  state: TreeState,
+  coming: Homecoming,
+): Promise<{ entries: Map<Name, Entry>; pruned: Name[] }> {
+  const { tree, manifest } = state
+  const entries = new Map(manifest.entries)
+  const [inGit, files] = partition(coming.changes, ({ name }) => hasGitComponent(name))
+  // What the command did inside .git stays there; the next upload puts ours in its place again.
+  for (const { name, what } of inGit) {
+    if (what === "deleted") entries.delete(name)
+    else entries.set(name, { type: "file", mode: 0, identity: "", hash: UNKNOWN })
+  }
+  const wanted = files.filter((change) => isWanted(tree, change, coming))
+  const rules = wanted.filter(({ name }) => path.basename(name) === ".gitignore")
+  const pruned = new Set(manifest.pruned)
+  // The ignore rules that the command leaves are the ones that decide on its other files.
+  for (const group of [rules, wanted.filter((change) => !rules.includes(change))]) {
+    const ignored = await ignoredNames(
+      tree,
+      group.filter(({ name }) => !manifest.entries.has(name)).map(({ name }) => name),
+    )
+    for (const name of ignored.directories) pruned.add(name)
+    const kept = group.filter(({ name }) => !ignored.names.has(name))
+    for (const applied of await applyChanges(context, state, kept)) record(context, tree, entries, applied)
+  }
+  for (const { name, what } of files)
+    if (
+      what === "deleted" &&
+      (coming.deletions === "ignore" || !wanted.some((change) => change.name === name))
+    )
+      entries.delete(name)
+  for (const { name, what } of files)
+    if (what !== "deleted" && entries.has(name) && !wanted.some((change) => change.name === name))
+      entries.set(name, { ...entries.get(name)!, identity: "", hash: UNKNOWN })
+  return { entries, pruned: [...pruned] }
+}
+
+/** Whether a change is of the kind that comes home for this tree. */
+function isWanted(tree: Tree, change: Change, coming: Homecoming): boolean {
+  if (change.what === "deleted" && coming.deletions === "ignore") return false
+  if (isStoreLink(change) || isOwn(change.name)) return false
+  if (tree.comesHome === "all") return true
+  return (
+    tree.comesHome === "lock-file" && path.basename(change.name) === "flake.lock" && change.what !== "deleted"
+  )
+}
+
+/** Takes one verdict into the manifest and the report. */
+function record(context: Context, tree: Tree, entries: Map<Name, Entry>, applied: Applied): void {
+  const { report } = context
+  if (applied.entry) entries.set(applied.name, applied.entry)
+  else entries.delete(applied.name)
+  const file = path.relative(context.plan.cwd.local, path.join(rootHere(tree), text(applied.name)))
+  if (applied.verdict === "applied" && applied.counts) report.changed.push(file)
+  if (applied.verdict === "conflict" || applied.verdict === "refused") {
+    const kept = applied.kept === undefined ? undefined : path.relative(context.plan.cwd.local, applied.kept)
+    report.conflicts.push({ file, kept, why: applied.why ?? "" })
+  }
+}
+
+/**
+ * Which of these new names git ignores here, and the topmost ignored directories among their parents. Asked
+ * repository by repository, as git refuses names inside a submodule.
+ */
+async function ignoredNames(
+  tree: Tree,
+  names: readonly Name[],
+): Promise<{ names: Set<Name>; directories: Name[] }> {
+  const ignored = new Set<Name>()
+  if (tree.kind !== "git" || names.length === 0) return { names: ignored, directories: [] }
+  const asked = [
+    ...new Set(names.flatMap((name) => [name, ...parentsOf(name).map((parent) => `${parent}/`)])),
+  ]
+  const groups = Map.groupBy(asked, (name) => repositoryOf(tree, name))
+  for (const [repository, members] of groups) {
+    const inner = (name: Name) => (repository === "" ? name : name.slice(repository.length + 1))
+    const input = Buffer.from(
+      members
+        .filter((name) => inner(name) !== "" && inner(name) !== "/")
+        .map((name) => `${inner(name)}\0`)
+        .join(""),
+      "latin1",
+    )
+    if (input.length === 0) continue
+    const directory = text(`${bytes(tree.local)}${repository === "" ? "" : `/${repository}`}`)
+    const answer = await capture(git(directory, "check-ignore", "-z", "--stdin"), "may-fail", input)
+    for (const name of answer.split("\0"))
+      if (name !== "") ignored.add(repository === "" ? name : `${repository}/${name}`)
+  }
+  const directories = [...ignored].filter((name) => name.endsWith("/")).map((name) => name.slice(0, -1))
+  const topmost = directories.filter((name) => !parentsOf(name).some((parent) => ignored.has(`${parent}/`)))
+  for (const name of names) if (parentsOf(name).some((parent) => ignored.has(`${parent}/`))) ignored.add(name)
+  return { names: ignored, directories: topmost }
+}
+
+/** The nested repository or submodule that a name lies in; "" for the tree itself. */
+function repositoryOf(tree: Tree, name: Name): Name {
+  return (
+    parentsOf(name.replace(/\/$/, "")).findLast(
+      (parent) => lstat(`${bytes(tree.local)}/${parent}/.git`) !== undefined,
+    ) ?? ""
+  )
+}
+
+/** Fetches what was created or changed and applies each change; the order leaves no moment without a renamed file. */
+async function applyChanges(
+  context: Context,
+  state: TreeState,
+  changes: readonly Change[],
+): Promise<Applied[]> {
+  if (changes.length === 0) return []
+  const { tree, manifest } = state
+  const stopped = massDelete(context, tree, manifest, changes)
+  if (stopped) throw stopped
+  const root = bytes(rootHere(tree))
+  const places = await workPlaces(tree, context.run)
+  fs.rmSync(buffer(places.stage), { recursive: true, force: true })
+  fs.mkdirSync(buffer(places.stage), { recursive: true, mode: 0o700 })
+  try {
+    const fetched = changes.filter(
+      ({ what, type, name }) =>
+        what !== "deleted" && (type === "file" || type === "link") && unsafeName(name) === undefined,
+    )
+    if (fetched.length > 0) await fetchContents(context, tree, fetched, places.stage)
+    const work = {
+      root,
+      stage: places.stage,
+      conflicts: places.conflicts,
+      base: manifest.entries,
+      swapped: [] as Swapped[],
+    }
+    const results = inOrder(changes).map((change) => applyChange(work, change))
+    return results.map((applied) => recheck(work, applied))
+  } finally {
+    fs.rmSync(buffer(places.stage), { recursive: true, force: true })
+    removeIfEmpty(path.posix.dirname(places.stage))
+  }
+}
+
+const rootHere = (tree: Tree): string =>
+  tree.kind === "file" || tree.kind === "output" ? path.dirname(tree.local) : tree.local
+
+/** Deletions that clear the way for something of another type, directories, files, and then all other deletions. */
+function inOrder(changes: readonly Change[]): Change[] {
+  const arriving = new Set(
+    changes.filter(({ what, type }) => what !== "deleted" && type !== "directory").map(({ name }) => name),
+  )
+  const rank = (change: Change) => {
+    if (change.what === "deleted" && parentsOf(change.name).some((parent) => arriving.has(parent))) return 0
+    if (change.what === "deleted") return change.type === "directory" ? 4 : 3
+    return change.type === "directory" ? 1 : 2
+  }
+  const deepestFirst = (a: Change, b: Change) => b.name.length - a.name.length
+  return [...changes].sort(
+    (a, b) => rank(a) - rank(b) || (a.what === "deleted" ? deepestFirst(a, b) : -deepestFirst(a, b)),
+  )
+}
+
+/** An error if the command deleted more of the tree than anybody wants by accident. */
+function massDelete(
+  context: Context,
+  tree: Tree,
+  manifest: Manifest,
+  changes: readonly Change[],
+): EdictError | undefined {
+  const files = [...manifest.entries].filter(
+    ([name, { type }]) => type !== "directory" && !hasGitComponent(name),
+  ).length
+  const deleted = changes.filter(({ what, type }) => what === "deleted" && type !== "directory").length
+  if (
+    context.plan.options.allowMassDelete ||
+    deleted <= MASS_DELETE_LEAST ||
+    deleted <= files * MASS_DELETE_SHARE
+  )
+    return undefined
+  return new EdictError(
+    `the command deleted ${deleted} of ${files} files in ${shown(tree.local)} over there; nothing of it was applied here`,
+    "to delete them here, too: run it again with --allow-mass-delete",
+  )
+}
+
+/** Private directories on the tree's file system: for what arrives, and for the remote side of conflicts. */
+async function workPlaces(tree: Tree, run: string): Promise<{ stage: string; conflicts: string }> {
+  if (tree.kind !== "git") {
+    const root = bytes(rootHere(tree))
+    return { stage: `${root}/.edict-stage/${run}`, conflicts: `${root}/.edict-conflicts/${run}` }
+  }
+  const directory = (await capture(git(tree.local, "rev-parse", "--absolute-git-dir"))).replace(/\n$/, "")
+  return { stage: `${directory}/edict/stage/${run}`, conflicts: `${directory}/edict/conflicts/${run}` }
+}
+
+/** Brings the contents of changed files into `stage`: one ssh, one tar, no byte through this program. */
+async function fetchContents(
+  context: Context,
+  tree: Tree,
+  changes: readonly Change[],
+  stage: string,
+): Promise<void> {
+  const names = changes.map(({ name }) => `./${name}\0`).join("")
+  const input = `${encodeScript(FETCH_SCRIPT)}\n${remoteRootOf(tree)[0]}\n${encodeWord(names, "latin1")}\n`
+  const unpack = ["tar", "-xmof", "-", "-C", text(stage)]
+  await execute(context, pipeline([...sshArguments(context), BOOT_LINE], unpack), {
+    input: Buffer.from(input, "latin1"),
+    what: `retrieval of changes of ${shown(tree.local)}`,
+  })
+}
+
+/**
+ * Why a name from the other side must not be written here, or undefined. Components that a file system may take
+ * for .git: by case, by the short name git~1, by code points that HFS+ ignores, by trailing dots and spaces.
+ */
+export function unsafeName(name: Name): string | undefined {
+  const parts = name.split("/")
+  if (name === "" || parts.some((part) => part === "" || part === "." || part === ".."))
+    return "is no path inside the tree"
+  if (name.includes("\0")) return "holds a NUL"
+  if (hasGitComponent(name)) return "lies in a .git"
+  return undefined
+}
+
+function hasGitComponent(name: Name): boolean {
+  // The UTF-8 bytes of U+200C–F, U+202A–E, U+206A–F and U+FEFF, which HFS+ ignores in names.
+  const ignorable = /\xe2\x80[\x8c-\x8f\xaa-\xae]|\xe2\x81[\xaa-\xaf]|\xef\xbb\xbf/g
+  return name.split("/").some((part) =>
+    /^(\.git|git~\d+)$/i.test(
+      part
+        .replace(ignorable, "")
+        .replace(/[. ]+$/, "")
+        .replace(/:.*$/, ""),
+    ),
+  )
+}
+
+type Work = {
+  readonly root: string
+  readonly stage: string
+  readonly conflicts: string
+  readonly base: ReadonlyMap<Name, Entry>
+  readonly swapped: Swapped[]
+}
+type Swapped = Readonly<{ name: Name; old: string; identity: string }>
+
+/** One change, three-way. Everything up to the verdict happens at once: nothing else of this program runs between. */
+function applyChange(work: Work, change: Change): Applied {
+  const { name } = change
+  const refuse = unsafeName(name) ?? (change.type === "other" ? "is no file, directory or link" : undefined)
+  if (refuse) return { name, verdict: "refused", why: refuse }
+  const staged = `${work.stage}/${name}`
+  const remote = change.what === "deleted" || change.type === "directory" ? undefined : stateOf(staged)
+  if (change.what !== "deleted" && change.type !== "directory" && remote?.type !== change.type)
+    return { name, verdict: "refused", why: "did not arrive as what it was named" }
+  const theirs: Entry | undefined =
+    change.type === "directory" && change.what !== "deleted"
+      ? { type: "directory", mode: change.mode, identity: "", hash: "" }
+      : remote && { type: remote.type, mode: change.mode & 0o777, identity: "", hash: remote.hash }
+  const blocked = parentProblem(work.root, name)
+  if (blocked) return conflict(work, change, theirs, blocked)
+  if (change.what === "deleted") return applyDeletion(work, change)
+  if (change.type === "directory") return applyDirectory(work, change, theirs!)
+  const local = stateOf(`${work.root}/${name}`)
+  const base = work.base.get(name)
+  if (local && local.type === theirs!.type && local.hash === theirs!.hash)
+    return settleMode(work, change, theirs!, base)
+  if (!local && base && change.what === "changed")
+    return conflict(work, change, theirs, "was deleted here and changed there")
+  if (!local) return createFile(work, change, theirs!)
+  if (!base || base.hash !== local.hash || base.type !== local.type)
+    return conflict(work, change, theirs, base ? "was changed here and there" : "was made here and there")
+  return replaceLocal(work, change, theirs!, local)
+}
+
+/** Why the directories above a name cannot be walked: each must be a real directory, or not there yet. */
+function parentProblem(root: string, name: Name): string | undefined {
+  for (const parent of parentsOf(name)) {
+    const stat = lstat(`${root}/${parent}`)
+    if (!stat) return undefined
+    if (!stat.isDirectory()) return `cannot be placed: ${shown(text(parent))} is no directory here`
+    if (parent !== "" && lstat(`${root}/${parent}/.git`) && !name.startsWith(`${parent}/`))
+      return "lies in a repository of its own"
+  }
+  return undefined
+}
+
+/** Ours stays; theirs, if it has a content, goes to the conflict directory. */
+function conflict(work: Work, change: Change, theirs: Entry | undefined, why: string): Applied {
+  const { name } = change
+  const kept = `${work.conflicts}/${name}`
+  if (!theirs || theirs.type === "directory") return { name, verdict: "conflict", why, entry: theirs }
+  fs.mkdirSync(buffer(path.posix.dirname(kept)), { recursive: true, mode: 0o700 })
+  fs.renameSync(buffer(`${work.stage}/${name}`), buffer(kept))
+  return { name, verdict: "conflict", why, kept: text(kept), entry: theirs }
+}
+
+/** What lies here now is what both sides agree on. */
+function agreed(work: Work, name: Name, theirs: Entry, counts: Applied["counts"]): Applied {
+  const stat = lstat(`${work.root}/${name}`)
+  const mode = stat ? Number(stat.mode & 0o777n) : theirs.mode
+  return { name, verdict: counts ? "applied" : "same", counts, entry: { ...theirs, mode, identity: "" } }
+}
+
+/** Equal contents: the executable bit follows a side that changed it; all bits do if the command did just a chmod. */
+function settleMode(work: Work, change: Change, theirs: Entry, base: Entry | undefined): Applied {
+  const target = `${work.root}/${change.name}`
+  const stat = lstat(target)!
+  const mode = Number(stat.mode & 0o777n)
+  if (theirs.type !== "file" || base?.mode === theirs.mode)
+    return agreed(work, change.name, theirs, undefined)
+  const wanted = change.modeOnly ? theirs.mode : withExecutable(mode, theirs.mode)
+  if (wanted === mode) return agreed(work, change.name, theirs, undefined)
+  if (base && mode !== base.mode) return conflict(work, change, theirs, "had its mode changed here and there")
+  fs.chmodSync(buffer(target), wanted)
+  return agreed(work, change.name, theirs, "counts")
+}
+
+/** `mode` with execute bits where it can be read, if `theirs` has one; without them otherwise. */
+export const withExecutable = (mode: number, theirs: number): number =>
+  (theirs & 0o100) === 0 ? mode & ~0o111 : mode | ((mode & 0o444) >> 2)
+
+/** A new file: linked into its place, which fails if something is there by now. */
+function createFile(work: Work, change: Change, theirs: Entry): Applied {
+  const { name } = change
+  const staged = `${work.stage}/${name}`
+  if (theirs.type === "file")
+    fs.chmodSync(buffer(staged), withExecutable(0o666 & ~currentUmask(), theirs.mode))
+  fs.mkdirSync(buffer(path.posix.dirname(`${work.root}/${name}`)), { recursive: true })
+  try {
+    linkOrCopy(staged, `${work.root}/${name}`)
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error
+    return conflict(work, change, theirs, "was made here and there")
+  }
+  return agreed(work, name, theirs, "counts")
+}
+
+/**
+ * A file that only the command changed. Exchanged with the staged one in one step, and what came out is looked at
+ * again: an editor's save between look and rename would otherwise be lost.
+ */
+function replaceLocal(work: Work, change: Change, theirs: Entry, local: LocalState): Applied {
+  const { name } = change
+  const [target, staged] = [`${work.root}/${name}`, `${work.stage}/${name}`]
+  if (theirs.type === "file")
+    fs.chmodSync(
+      buffer(staged),
+      local.type === "file"
+        ? withExecutable(local.mode, theirs.mode)
+        : withExecutable(0o666 & ~currentUmask(), theirs.mode),
+    )
+  exchange(staged, target)
+  const out = stateOf(staged)
+  if (!out || out.hash !== local.hash || out.type !== local.type) {
+    exchange(staged, target)
+    return conflict(work, change, theirs, "was changed here and there")
+  }
+  work.swapped.push({ name, old: staged, identity: contentIdentity(staged) })
+  return agreed(work, name, theirs, "counts")
+}
+
+/** A deletion: moved out of the tree, looked at, and put back if it is not what the command deleted. */
+function applyDeletion(work: Work, change: Change): Applied {
+  const { name } = change
+  const target = `${work.root}/${name}`
+  const stat = lstat(target)
+  if (!stat) return { name, verdict: "same" }
+  if (change.type === "directory" || stat.isDirectory()) {
+    if (stat.isDirectory() && change.type === "directory") removeIfEmpty(target)
+    return { name, verdict: "same" }
+  }
+  const base = work.base.get(name)
+  const bin = `${work.stage}/.deleted-${work.swapped.length}-${randomName()}`
+  if (!base) return { name, verdict: "conflict", why: "was deleted there, and made here" }
+  const before = stateOf(target)
+  if (before?.hash !== base.hash || before.type !== base.type)
+    return { name, verdict: "conflict", why: "was changed here and deleted there; it stays" }
+  moveFile(target, bin)
+  const out = stateOf(bin)
+  if (out?.hash !== base.hash) {
+    linkOrCopy(bin, target)
+    return { name, verdict: "conflict", why: "was changed here and deleted there; it stays" }
+  }
+  work.swapped.push({ name, old: bin, identity: contentIdentity(bin) })
+  return { name, verdict: "applied", counts: "counts" }
+}
+
+function applyDirectory(work: Work, change: Change, theirs: Entry): Applied {
+  const { name } = change
+  const target = `${work.root}/${name}`
+  const local = stateOf(target)
+  const base = work.base.get(name)
+  if (lstat(target)?.isDirectory()) return { name, verdict: "same", entry: undefined }
+  if (local && (!base || base.hash !== local.hash))
+    return conflict(work, change, theirs, "is a directory there and something else here")
+  if (local) applyDeletion(work, { ...change, what: "deleted", type: local.type })
+  fs.mkdirSync(buffer(target), { recursive: true })
+  return { name, verdict: "same", entry: undefined }
+}
+
+/** Whether somebody who had the old file open wrote into it after it was exchanged: then it comes back. */
+function recheck(work: Work, applied: Applied): Applied {
+  const swapped = work.swapped.find(({ name }) => name === applied.name)
+  if (!swapped || contentIdentity(swapped.old) === swapped.identity) return applied
+  const target = `${work.root}/${applied.name}`
+  const why = "was written here while it was replaced"
+  if (!lstat(target)) {
+    linkOrCopy(swapped.old, target)
+    return { name: applied.name, verdict: "conflict", why }
+  }
+  exchange(swapped.old, target)
+  return conflict(
+    { ...work, stage: path.posix.dirname(swapped.old) },
+    { name: path.posix.basename(swapped.old), what: "changed", type: "file", mode: 0, modeOnly: false },
+    applied.entry,
+    why,
+  )
+}
+// ── 14. Remote scripts: what runs over there, in POSIX sh ───────────────────────────────────────────────
+// The login shell, whatever it is, sees one of two fixed lines. The first reads a script and then requests on
+// its standard input; the second waits in a fifo for the script that the first one hands it, so that its own
+// standard input is the command's. Words travel as printf %b text and never become shell text.
+
+/** Reads one line, decodes it and runs it; what follows on standard input belongs to that script. */
+export const BOOT_LINE = `exec /bin/sh -c 'IFS= read -r script; eval "$(printf %b "$script")"'`
+
+/** Waits for the script of run `id`; `directory` holds only [A-Za-z0-9._/-]. */
+export const commandLine = (directory: string, id: string): string =>
+  `exec /bin/sh -c 'umask 077; cd; run=${directory}/run/${id}; mkdir -p "$run" || exit 254; [ ! -e "$run/gone" ] || exit 254; mkfifo "$run/go" 2>/dev/null; eval "$(cat "$run/go")"; exit 254'`
+
+/** A word as printf's %b reads it: safe characters as they are, all other bytes octal, `-` for nothing. */
+export function encodeWord(word: string, encoding: "utf8" | "latin1" = "utf8"): string {
+  if (word === "") return "-"
+  const octal = (byte: string) => `\\0${byte.charCodeAt(0).toString(8).padStart(3, "0")}`
+  return Buffer.from(word, encoding)
+    .toString("latin1")
+    .replace(/^-|[^A-Za-z0-9./_-]/g, octal)
+}
+
+/** A script as the one line that BOOT_LINE reads. */
+export const encodeScript = (script: string): string =>
+  script.replaceAll("\\", "\\\\").replaceAll("\n", "\\n")
+
+/** A shell script as text: $\\{ stands for the shell's own braces. */
+const sh = (parts: TemplateStringsArray, ...values: string[]): string =>
+  String.raw(parts, ...values).replaceAll("$\\{", "$" + "{")
+
+/** Where nix is when a non-interactive shell does not have it on its PATH. */
+const REMOTE_PATH = sh`
+PATH=$PATH:$HOME/.nix-profile/bin:/nix/var/nix/profiles/default/bin:/run/current-system/sw/bin
+PATH=$PATH:/etc/profiles/per-user/$(id -un)/bin:$HOME/.local/state/nix/profile/bin:/usr/local/bin:/opt/homebrew/bin
+export PATH
+`
+
+/** Turns an encoded word back: decode WORD, then $decoded. */
+const REMOTE_DECODE = sh`
+decode() { decoded=$(printf '%b.' "$1"); decoded=$\{decoded%.}; }
+`
+
+/** Answers requests, one a line (verb and encoded words); data lines start with a letter, the last with a dot. */
+export const AGENT_SCRIPT = sh`
+set -u -f
+umask 077
+cd || exit 254
+trap '' PIPE HUP
+${REMOTE_PATH}
+LC_ALL=C
+export LC_ALL
+broken= run= started= base=
+soh=$(printf '\001')
+${REMOTE_DECODE}
+say() { printf '%s\n' "$*"; }
+word() { if [ "$1" = - ]; then decoded=; else decode "$1"; fi; }
+
+# One line for each path below . (or only below ./$1): type and mode/inode/size/mtime/ctime/name. Of .git, only
+# what names commits and staged files. Anything weaker than inode and nanoseconds misses edits.
+list() (
+  cd "$tree" || exit 1
+  start=. ; [ -z "$only" ] || start=./$only
+  [ -e "$start" ] || [ -L "$start" ] || exit 0
+  set -- -path '*/.git/objects' -prune -o -path '*/.git/logs' -prune -o -path '*/.git/hooks' -prune -o -path '*/.git/edict' -prune
+  [ ! -s "$meta/prune" ] || while IFS= read -r pattern; do set -- "$@" -o -path "$pattern" -prune; done <"$meta/prune"
+  case $finder in
+    gnu) find "$start" "$@" -o -type d -printf 'd/////%p\0' -o -printf '%y%m/%i/%s/%T@/%C@/%p\0' | tr '\n\0' '\001\n' ;;
+    *)
+      find "$start" "$@" -o -print0 >"$meta/names" || exit 1
+      if [ "$finder" = bsd ]; then xargs -0 stat -f 'x%Xp/%i/%z/%Fm/%Fc' <"$meta/names"; else xargs -0 stat -c 'x%f/%i/%s/%y/%z' <"$meta/names"; fi >"$meta/stats" || exit 1
+      tr '\n\0' '\001\n' <"$meta/names" | paste -d/ "$meta/stats" - | sed 's,^x4[^/]*/[^/]*/[^/]*/[^/]*/[^/]*/,d/////,' ;;
+  esac
+)
+
+# Lines of listing $2 that $1 lacks (+), and the other way round (-); links with their text.
+differences() {
+  awk -v first="$1" 'BEGIN { while ((getline line <first) > 0) old[line] }
+    { if ($0 in old) delete old[$0]; else print "+" $0 } END { for (line in old) print "-" line }' "$2" >"$meta/diff" || return 1
+  sed -n '/^[+]l/p; /^[+]xa/p' "$meta/diff" | while IFS= read -r line; do
+    name=$(printf '%s.' "$\{line#*/*/*/*/*/}" | tr '\001' '\n'); name=$\{name%.}
+    text=$(readlink "$tree/$name" && echo .); text=$\{text%??}
+    printf 't%s\n' "$(printf '%s' "$text" | tr '\n' '\001')"
+    printf 'n%s\n' "$\{line#*/*/*/*/*/}"
+  done
+  cat "$meta/diff"
+}
+
+aside() { mkdir -p "$meta/aside" && mv -- "$1" "$meta/aside/$(date +%s).$$.$\{1##*/}"; }
+
+# Moves what was uploaded into its place, directory by directory; a directory in the way of a file goes aside.
+place() (
+  cd "$meta/in" || exit 1
+  if [ -z "$only" ] && rmdir "$tree" 2>/dev/null; then cd .. && exec mv in "$tree"; fi
+  mkdir -p "$tree" "$meta/aside" || exit 1
+  find . -type d -print0 | tr '\n\0' '\001\n' >"$meta/directories" || exit 1
+  while IFS= read -r d; do
+    case $d in *"$soh"*) d=$(printf '%s.' "$d" | tr '\001' '\n'); d=$\{d%.} ;; esac
+    if [ -L "$tree/$d" ] || [ -f "$tree/$d" ]; then rm -f -- "$tree/$d" || exit 1; fi
+    mkdir -p -- "$tree/$d" || exit 1
+    find "$d" -maxdepth 1 ! -type d -exec /bin/sh -c '
+      to=$1 aside=$2; shift 2
+      for f; do
+        f=$\{f##*/}
+        if [ -d "$to/$f" ] && [ ! -L "$to/$f" ]; then mv -- "$to/$f" "$aside/$f.$$" || exit 1; fi
+      done
+      exec mv -f -- "$@" "$to/"' sh "$tree/$d" "$meta/aside" {} + || exit 1
+  done <"$meta/directories"
+)
+
+# Finishes an upload that came whole; safe to repeat after a crash.
+settle() {
+  mkdir -p "$tree" || return 1
+  [ ! -s "$meta/remove" ] || (cd "$tree" && xargs -0 rm -f -- <"$meta/remove") || return 1
+  [ ! -s "$meta/rmdir" ] || (cd "$tree" && xargs -0 rmdir -- <"$meta/rmdir") 2>/dev/null || :
+  [ ! -d "$meta/in" ] || place || return 1
+  if [ -f "$tree/.git/index" ] && command -v git >/dev/null; then git -C "$tree" update-index -q --refresh >/dev/null 2>&1 || :; fi
+  newest=$(cat "$meta/newest" 2>/dev/null) || newest=
+  if [ -n "$newest" ]; then (cd "$tree" && find . -name .git -prune -o -type d -print0 | xargs -0 touch -d "@$newest") 2>/dev/null || :; fi
+  list >"$meta/base.new" && mv "$meta/base.new" "$meta/base" || return 1
+  ls -di "$tree" >"$meta/root" && mv "$meta/next" "$meta/token" || return 1
+  rm -rf "$meta/in" "$meta/remove" "$meta/rmdir" "$meta/newest" "$meta/running"
+}
+
+# select ID: the tree that the following lines are about
+select_tree() {
+  meta=$base/meta/$1
+  { IFS= read -r tree && IFS= read -r only; } <"$meta/path" || return 1
+  case $tree in /*) ;; *) tree=$HOME/$tree ;; esac
+}
+
+# Trees that nobody used for 30 days go, unless one that is used lies in them.
+expire() {
+  find "$1/run" -mindepth 1 -maxdepth 1 -type d -mtime +2 -exec rm -rf -- {} + 2>/dev/null
+  find "$base/meta" -mindepth 1 -maxdepth 1 -type d -mtime +30 2>/dev/null | while IFS= read -r old; do
+    select_tree "$\{old##*/}" || continue
+    [ -n "$only" ] || (set +f; cat "$base"/meta/*/path) 2>/dev/null | grep -qF -- "$\{tree#"$HOME/"}/" || rm -rf -- "$tree"
+    rm -rf -- "$meta"
+  done
+}
+
+do_hello() {
+  base=$1
+  case $base in /*) ;; *) base=$HOME/$base ;; esac
+  for tool in find stat awk tr xargs tar sed paste mkfifo cmp readlink; do
+    command -v "$tool" >/dev/null || { why="needs $tool over there"; return 1; }
+  done
+  finder=stat
+  if find --version 2>/dev/null | grep -q GNU; then finder=gnu; elif ! stat -c %i / >/dev/null 2>&1; then finder=bsd; fi
+  mkdir -p "$base/meta" "$2/run" || { why="cannot write to $base"; return 1; }
+  expire "$2"
+  say "f home $HOME"
+  say "f base $base"
+  for tool in rsync git nix; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
+}
+
+# tree ID PATH ONLY PRUNE TOKENS PREFIXES: is the tree over there what this side takes it for?
+do_tree() {
+  mkdir -p "$base/meta/$1" || { why="cannot write to $base"; return 1; }
+  word "$3"; printf '%s\n%s\n' "$2" "$decoded" >"$base/meta/$1/path"
+  select_tree "$1" || return 1
+  touch "$meta"
+  word "$4"; printf '%s' "$decoded" >"$meta/prune"
+  mkdir -p "$tree" || { why="cannot make $tree"; return 1; }
+  if [ -e "$meta/next" ]; then settle || { why="cannot finish the last upload"; return 1; }; fi
+  rm -rf "$meta/in"
+word "$6"
+  printf '%s\n' "$decoded" | while IFS= read -r prefix; do mkdir -p "$meta/in/$prefix" || exit 1; done || { why="cannot write to $meta"; return 1; }
+  token=$(cat "$meta/token" 2>/dev/null) || token=
+  word "$5"
+  case " $decoded " in *" $token "*) known=1 ;; *) known= ;; esac
+  if [ -n "$token" ] && [ -n "$known" ] && { [ -n "$only" ] || [ "$(ls -di "$tree")" = "$(cat "$meta/root" 2>/dev/null)" ]; }; then
+    list >"$meta/now" || { why="cannot list $tree"; return 1; }
+    if cmp -s "$meta/base" "$meta/now"; then say "s same $token"; return 0; fi
+    if [ -e "$meta/running" ]; then say "s interrupted $token"; else say "s drifted $token"; fi
+    differences "$meta/base" "$meta/now"
+    return
+  fi
+  if [ -n "$only" ]; then [ ! -e "$tree/$only" ] || aside "$tree/$only"; else rmdir "$tree" 2>/dev/null || aside "$tree"; mkdir -p "$tree"; fi || return 1
+  rm -f "$meta/token" "$meta/base"
+  say "s fresh -"
+}
+
+# list ID NAME WORD: one of the lists that commit works on
+do_list() { select_tree "$1" && printf '%b' "$3" >"$meta/$2"; }
+
+# commit ID TOKEN: the upload is whole, put it in its place
+do_commit() {
+  select_tree "$1" || return 1
+  printf '%s\n' "$2" >"$meta/next.new" && mv "$meta/next.new" "$meta/next" && settle || { why="cannot put the upload in its place"; return 1; }
+}
+
+# input ID NAME: a locked input of a flake goes into the store, where Nix looks for it first
+do_input() { select_tree "$1" && nix --extra-experimental-features nix-command store add-path --name "$2" "$tree" >/dev/null || { why="cannot add an input to the store"; return 1; }; }
+
+# missing PATH…: which store paths are not there
+do_missing() { for p; do word "$p"; [ -e "$decoded" ] || say "p $decoded"; done; }
+
+# Links in each of the link directories: directory number/inode/ctime/./name.
+links() (
+  number=0
+  while IFS= read -r directory; do
+    number=$((number + 1))
+    cd "$directory" || continue
+    if [ "$finder" = bsd ]; then find . -maxdepth 1 -type l -exec stat -f "$number/%i/%Fc/%N" {} +
+    else find . -maxdepth 1 -type l -exec stat -c "$number/%i/%z/%n" {} +; fi
+  done <"$run/directories"
+)
+
+report() {
+  code=$(cat "$run/done")
+  say "x $\{code:-137}"
+  links >"$run/links.after"
+  awk -v first="$run/links.before" 'BEGIN { while ((getline line <first) > 0) old[line] = 1 } !($0 in old)' "$run/links.after" |
+    sed 's,/.*/\./, ,' | while IFS= read -r link; do
+      say "l $link"
+      say "t$(readlink "$(sed -n "$\{link%% *}p" "$run/directories")/$\{link#* }")"
+    done
+  while read -r id _; do
+    select_tree "$id" || continue
+    say "d $id"
+    if list >"$meta/after"; then differences "$meta/base" "$meta/after"; else say "e cannot list $tree"; fi
+  done <"$run/watched"
+  say .ok
+}
+
+# run ID SCRIPT WATCHED DIRECTORIES WORD…: hand the command to the other channel, answer when it has ended
+do_run() {
+  run=$2/run/$1
+  mkdir -p "$run" && mkfifo "$run/done" || { why="cannot write to $run"; return 1; }
+  [ -p "$run/go" ] || mkfifo "$run/go" 2>/dev/null || [ -p "$run/go" ]
+  word "$3"; script=$decoded
+  word "$4"; printf '%s' "$decoded" >"$run/watched"
+  word "$5"; printf '%s' "$decoded" | while IFS= read -r d; do case $d in /*) ;; *) d=$HOME/$d ;; esac; mkdir -p "$d"; printf '%s\n' "$d"; done >"$run/directories"
+  shift 5
+  printf '%s\n' "$@" >"$run/words"
+  links >"$run/links.before"
+  while read -r id home; do [ "$home" != all ] || true >"$base/meta/$id/running"; done <"$run/watched"
+  started=1
+  { printf 'run=%s\n%s\n' "$run" "$script" >"$run/go"; report; true >"$run/reported"; } &
+  reporter=$!
+  (exec </dev/null >/dev/null 2>&1; watchdog) &
+}
+
+# Ends the command when this side was not heard of for some seconds: a connection may die without a word.
+watchdog() {
+  true >"$run/alive"
+  quiet=0
+  while sleep 2; do
+    { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || exit 0
+    if [ -e "$run/alive" ]; then rm -f "$run/alive"; quiet=0; else quiet=$((quiet + 1)); fi
+    if [ "$quiet" -ge 5 ]; then stop_command; kill "$$"; exit 0; fi
+  done
+}
+
+# Every process below process $1, deepest first.
+below() {
+  ps -A -o pid= -o ppid= | awk -v root="$1" '{ up[$1] = $2 } END { for (p in up) { q = p; while (q in up && q != root && q > 1) q = up[q]; if (q == root && p != root) print p } }'
+}
+
+stop_command() {
+  pid=$(cat "$run/pid" 2>/dev/null) || return 0
+  all=$(below "$pid")
+  # shellcheck disable=SC2086
+  kill -TERM $all 2>/dev/null
+  for _ in 1 2 3 4 5 6; do kill -0 "$pid" 2>/dev/null || break; sleep 0.5 2>/dev/null || sleep 1; done
+  # shellcheck disable=SC2086
+  kill -KILL $all "$pid" 2>/dev/null
+  kill -KILL -- "-$pid" 2>/dev/null
+}
+
+do_signal() { pid=$(cat "$run/pid" 2>/dev/null) && kill -s "$1" -- "-$pid"; }
+
+# agreed ID TOKEN: what the command changed is home; from here on this is the agreed state
+do_agreed() {
+  select_tree "$1" && printf '%s\n' "$2" >"$meta/token.new" && mv "$meta/after" "$meta/base" && mv "$meta/token.new" "$meta/token" && rm -f "$meta/running"
+}
+
+while IFS= read -r line; do
+  # shellcheck disable=SC2086
+  set -- $line
+  verb=$1
+  shift
+  case $verb in
+    alive) [ -z "$run" ] || true >"$run/alive" ;;
+    signal) do_signal "$@" 2>/dev/null ;;
+    agreed) do_agreed "$@" ;;
+    run) [ -z "$broken" ] && { do_run "$@" || { broken=1; say ".fail ${"$"}why"; }; } ;;
+    hello | tree | list | commit | input | missing)
+      why="$verb failed"
+      if [ -n "$broken" ]; then say ".fail an earlier step failed"; elif "do_$verb" "$@"; then say .ok; else broken=1; say ".fail $why"; fi ;;
+    *) say ".fail unknown request" ;;
+  esac
+done
+
+# The other side is gone, or done. Whatever still runs for it ends.
+if [ -n "$started" ]; then
+  true >"$run/gone"
+  if [ ! -e "$run/reported" ]; then
+    stop_command
+    (printf 'exit 254\n' >"$run/go") & sleep 1; kill "$!" "$reporter" 2>/dev/null
+  fi
+  rm -f "$run/go" "$run/done" "$run/words" "$run/pid" "$run/alive"
+fi
+`
+
+/** Sends the named files of a tree as a tar stream, with whichever tar is there. */
+export const FETCH_SCRIPT = sh`
+IFS= read -r tree
+IFS= read -r names
+case $tree in /*) ;; *) tree=$HOME/$tree ;; esac
+cd "$tree" || exit 1
+if tar --version 2>/dev/null | grep -qE 'GNU|bsdtar'; then
+  printf '%b' "$names" | exec tar -cf - --null --no-recursion -T -
+else
+  stage=$(mktemp -d) || exit 1
+  printf '%b' "$names" | xargs -0 sh -c 'for f; do mkdir -p "$0/$\{f%/*}" && cp -Pp -- "$f" "$0/$f" || exit 1; done' "$stage" || exit 1
+  tar -cf - -C "$stage" . && rm -rf "$stage"
+fi
+`
+
+/** Runs in the other channel, with $run set: the words of the command, in its directory, with the caller's streams. */
+export const COMMAND_SCRIPT = sh`
+exec 9>"$run/done"
+echo "$$" >"$run/pid"
+${REMOTE_PATH}
+${REMOTE_DECODE}
+fail() { printf 'edict: %s\n' "$1" >&2; echo 254 >&9; exit 254; }
+# Before Nix 2.19 the words of nix flake update are flakes, since then names of inputs.
+takes_inputs() {
+  version=$(nix --version 2>/dev/null) && version=$\{version##* } || return 1
+  minor=$\{version#*.}
+  [ "$\{version%%.*}" -gt 2 ] || [ "$\{minor%%[!0-9]*}" -ge 19 ]
+}
+set --
+directory=
+while IFS= read -r line; do
+  decode "$\{line#?}"
+  case $line in
+    d*) directory=$decoded ;;
+    e*) export "$\{decoded?}" ;;
+    w*) set -- "$@" "$decoded" ;;
+    p*) word=$decoded ;;
+    h*) case $decoded in /*) word=$word$decoded ;; *) word=$word$HOME/$decoded ;; esac ;;
+    s*) set -- "$@" "$word$decoded" ;;
+    u*) if takes_inputs; then set -- "$@" --flake "$decoded"; else set -- "$@" "$decoded"; fi ;;
+  esac
+done <"$run/words"
+case $directory in /*) ;; *) directory=$HOME/$directory ;; esac
+cd "$directory" || fail "cannot enter $directory over there"
+command -v "$1" >/dev/null || fail "no $1 over there: not on the PATH of a non-interactive shell, nor in a Nix profile; install Nix there, or set its PATH"
+NIX_CONFIG="$\{NIX_CONFIG:+$NIX_CONFIG
+}extra-experimental-features = nix-command flakes"
+export NIX_CONFIG
+trap : INT QUIT TERM HUP
+unset run line directory decoded word version minor
+"$@" 9>&-
+code=$?
+echo "$code" >&9
+exit "$code"
+`
+// ── 15. Session: requests to the agent, answers from it ─────────────────────────────────────────────────
+
+/** The agent at the other end. Its input's end tells it that this program is gone, however that came about. */
+type Session = Readonly<{
+  ask: (verb: string, ...words: string[]) => Promise<string[]> // data lines of the answer; throws EdictError
+  askBytes: (verb: string, ...words: string[]) => Promise<string[]> // the same, each character of a word one byte
+  tell: (verb: string, ...words: string[]) => void // needs no answer
+  close: () => Promise<void>
+  child: Killable
+}>
+
+type Killable = Readonly<{ kill: (signal: NodeJS.Signals) => void }>
+
+/** Everything that one run on one host needs. */
+type Context = {
+  readonly plan: Plan
+  readonly env: Env
+  readonly run: string // names this run over there
+  readonly report: Report
+  readonly control: string // path of the multiplexing socket, "" without
+  readonly children: Set<Killable>
+  multiplexed: boolean
+  session?: Session
+  running: boolean
+}
+
+/** Opens the connection (asking for a password once), then the agent. */
+async function connect(context: Context): Promise<void> {
+  context.multiplexed = await openMaster(context)
+  context.session = await openSession(context)
+}
+
+/** Starts the agent and waits for its greeting; whatever the login shell prints before it is passed over. */
+async function openSession(context: Context): Promise<Session> {
+  const { plan } = context
+  const child = await start(context, [...sshArguments(context), BOOT_LINE], { detached: context.multiplexed })
+  const waiting: { lines: string[]; resolve: (lines: string[]) => void; reject: (error: Error) => void }[] =
+    []
+  let rest = ""
+  let ended: Error | undefined
+  child.onOutput((chunk) => {
+    const parts = (rest + chunk).split("\n")
+    rest = parts.pop()!
+    for (const line of parts) {
+      if (plan.options.verbosity > 1) say(`< ${shown(line)}`)
+      const first = waiting[0]
+      if (line === ".ok") waiting.shift()?.resolve(first!.lines)
+      else if (line.startsWith(".fail "))
+        waiting
+          .shift()
+          ?.reject(new EdictError(`${plan.host.name}: ${shown(line.slice(6))}${because(child.errors())}`))
+      else first?.lines.push(line)
+    }
+  })
+  const end = child.ended.then((code) => {
+    ended =
+      code === 255
+        ? sshError(plan.host, child.errors())
+        : new EdictError(
+            `the connection to ${plan.host.name} ended${because(child.errors())}`,
+            "",
+            SSH_FAILED,
+          )
+    for (const { reject } of waiting.splice(0)) reject(ended)
+  })
+  const send = (line: string) => child.write(`${line}\n`)
+  const request = (verb: string, words: readonly string[]) =>
+    new Promise<string[]>((resolve, reject) => {
+      if (ended) return reject(ended)
+      waiting.push({ lines: [], resolve, reject })
+      if (plan.options.verbosity > 1) say(`> ${verb} ${words.map((word) => shortened(word)).join(" ")}`)
+      send([verb, ...words].join(" "))
+    })
+  const session: Session = {
+    child: child.handle,
+    ask: (verb, ...words) =>
+      request(
+        verb,
+        words.map((word) => encodeWord(word)),
+      ),
+    askBytes: (verb, ...words) =>
+      request(
+        verb,
+        words.map((word) => encodeWord(word, "latin1")),
+      ),
+    tell: (verb, ...words) =>
+      void (ended ?? send([verb, ...words.map((word) => encodeWord(word))].join(" "))),
+    close: async () => {
+      child.endInput()
+      await Promise.race([end, delay(2000)])
+    },
+  }
+  send(encodeScript(AGENT_SCRIPT))
+  const greeting = await session.ask("hello", plan.root, plan.host.directory)
+  const facts = new Set(greeting.filter((line) => line.startsWith("f ")).map((line) => line.slice(2)))
+  if (plan.trees.length > 0 && !facts.has("rsync yes"))
+    throw new EdictError(
+      `no rsync on ${plan.host.name}`,
+      `install rsync there, e.g. ssh ${plan.host.destination} nix profile install nixpkgs#rsync`,
+    )
+  return session
+}
+
+// ── 16. Ssh: one connection, and what its failures mean ─────────────────────────────────────────────────
+
+/** The ssh program with all options but the host, for rsync -e. */
+function sshProgram(context: Pick<Context, "plan" | "control">): string[] {
+  const control =
+    context.control === ""
+      ? ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
+      : ["-o", "ControlMaster=no", "-o", `ControlPath=${context.control}`]
+  return ["ssh", ...control, "-o", "RequestTTY=no", ...context.plan.host.sshOptions]
+}
+
+/** ssh up to the host; the remote line follows. `terminal` is -t or -T. */
+function sshArguments(context: Pick<Context, "plan" | "control">, terminal: "-t" | "-T" = "-T"): string[] {
+  const options = sshProgram(context).filter(
+    (word, at, all) => terminal === "-T" || (word !== "RequestTTY=no" && all[at + 1] !== "RequestTTY=no"),
+  )
+  return [...options, terminal === "-t" ? "-tt" : "-T", "--", context.plan.host.destination]
+}
+
+/**
+ * A socket path short enough everywhere (104 bytes on macOS, of which ssh wants 17 for its own suffix), in a
+ * directory that only this user can enter; "" where none can be had.
+ */
+function controlPath(plan: Plan, env: Env): string {
+  const parent =
+    env.XDG_RUNTIME_DIR && env.XDG_RUNTIME_DIR.length < 40 && canWrite(env.XDG_RUNTIME_DIR)
+      ? env.XDG_RUNTIME_DIR
+      : "/tmp"
+  const directory = `${parent}/edict-${process.getuid?.() ?? 0}`
+  try {
+    fs.mkdirSync(directory, { recursive: true, mode: 0o700 })
+    const stat = fs.lstatSync(directory)
+    if (!stat.isDirectory() || stat.uid !== process.getuid?.() || (stat.mode & 0o077) !== 0) return ""
+  } catch {
+    return ""
+  }
+  return `${directory}/${hash(`${plan.host.destination} ${plan.host.sshOptions.join(" ")}`).slice(0, 16)}`
+}
+
+/** Opens the shared connection if none is open; answers whether there is one. Throws what ssh says if it fails. */
+async function openMaster(context: Context): Promise<boolean> {
+  const { control, plan } = context
+  if (control === "") return false
+  const to = [...plan.host.sshOptions, "-o", `ControlPath=${control}`]
+  if (fs.existsSync(control) && (await succeeds(["ssh", ...to, "-O", "check", "--", plan.host.destination])))
+    return true
+  const argv = [
+    "ssh",
+    ...(await livelinessOptions(plan.host)),
+    "-o",
+    "ControlMaster=yes",
+    "-o",
+    "ControlPersist=60",
+    "-o",
+    "RequestTTY=no",
+    ...to,
+    "-T",
+    "-f",
+    "-N",
+    "--",
+    plan.host.destination,
+  ]
+  await execute(context, argv, {
+    what: "ssh",
+    stdin: "inherit",
+    failure: (code, errors) => (code === 255 ? sshError(plan.host, errors) : undefined),
+  })
+  return fs.existsSync(control)
+}
+
+/** Time limits where the user's own ssh configuration sets none: a dead host or network must not hang for minutes. */
+async function livelinessOptions(host: Host): Promise<string[]> {
+  const settings = await capture(["ssh", "-G", ...host.sshOptions, "--", host.destination], "may-fail")
+  const unset = (name: string, value: string) =>
+    !settings.includes(`${name} `) || settings.includes(`\n${name} ${value}\n`)
+  return [
+    ...(unset("connecttimeout", "none") ? ["-o", "ConnectTimeout=10"] : []),
+    ...(unset("serveraliveinterval", "0")
+      ? ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
+      : []),
+  ]
+}
+
+/** ssh's own words as an error, with what usually helps. */
+export function sshError(host: Pick<Host, "name" | "destination">, errors: string): EdictError {
+  const line = lastLine(errors) || "ssh failed"
+  const remedies: [RegExp, string][] = [
+    [
+      /Could not resolve hostname|Name or service not known/,
+      `check the name, or give it an address in ssh_config or the host config`,
+    ],
+    [/Permission denied/, `ssh ${host.destination} true   # must work first; see ssh-copy-id`],
+    [
+      /Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED/,
+      `ssh ${host.destination} true   # and look at what it says about the key`,
+    ],
+    [
+      /timed out|No route|refused|unreachable/,
+      `ssh -v ${host.destination} true   # is it up, is the port right?`,
+    ],
+  ]
+  return new EdictError(
+    `cannot reach ${shown(host.name)}: ${shown(line)}`,
+    remedies.find(([pattern]) => pattern.test(errors))?.[1] ?? `ssh -v ${host.destination} true`,
+    SSH_FAILED,
+  )
+}
+// ── 17. Processes: the only place that starts one ───────────────────────────────────────────────────────
+// zx starts them and reads short answers; bytes flow inside one bash pipeline or through inherited streams.
+
+/** zx with everything that the environment's ZX_* could change set; loaded late, as it is most of the start-up. */
+async function shell(): Promise<typeof import("zx/core").$> {
+  const { $, useBash } = await import("zx/core")
+  try {
+    useBash()
+  } catch {
+    throw new EdictError("no bash on PATH", "install bash")
+  }
+  return $({
+    verbose: false,
+    quiet: true,
+    nothrow: true,
+    prefix: "",
+    postfix: "",
+    preferLocal: false,
+    timeout: undefined,
+    detached: false,
+    env: cleanEnvironment(),
+    delimiter: undefined,
+    cwd: undefined,
+  })
+}
+
+/** The environment without variables of git that would point it elsewhere; messages of tools in English. */
+function cleanEnvironment(): NodeJS.ProcessEnv {
+  const dropped =
+    /^(GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|PREFIX|NAMESPACE|CEILING_DIRECTORIES)|ZX_.*|RSYNC_.*)$/
+  return Object.fromEntries(Object.entries(process.env).filter(([name]) => !dropped.test(name)))
+}
+
+/** Several commands as one bash pipeline that fails if one of them does. */
+const pipeline = (...stages: string[][]): string[] => [
+  "bash",
+  "-c",
+  `set -o pipefail; ${stages.map((argv) => argv.map(shellQuote).join(" ")).join(" | ")}`,
+]
+
+/** A remote command that takes its script from its first line and the rest of standard input as it comes. */
+const withScript = (ssh: string[], script: string): string[] => [
+  "bash",
+  "-c",
+  `{ printf '%s\\n' "$1"; cat; } | "\${@:2}"`,
+  "bash",
+  encodeScript(script),
+  ...ssh,
+  BOOT_LINE,
+]
+
+/**
+ * Runs a local command and answers its stdout, each byte one character. Throws EdictError if it fails, unless it
+ * may; then the answer is what it printed before.
+ */
+async function capture(
+  argv: readonly string[],
+  failure: "may-fail" | "throws" = "throws",
+  input?: Buffer,
+): Promise<string> {
+  const result = await collect(argv, { input, stdin: input ? "pipe" : "ignore", what: argv[0]! })
+  if (result.code !== 0 && failure === "throws") throw commandError(argv, argv[0]!, result)
+  return result.code === 127 && failure === "may-fail" ? "" : result.stdout
+}
+
+const succeeds = async (argv: readonly string[]): Promise<boolean> =>
+  (await collect(argv, { stdin: "ignore", what: argv[0]! })).code === 0
+
+type Execution = Readonly<{
+  what: string
+  input?: Buffer
+  stdin?: "ignore" | "inherit" | "pipe"
+  failure?: (code: number, errors: string) => EdictError | undefined
+}>
+
+/** Runs one step of the plan: traced, killed with this program, its failure explained. Answers its stdout. */
+async function execute(context: Context, argv: readonly string[], how: Execution): Promise<string> {
+  const began = performance.now()
+  const result = await collect(argv, { ...how, stdin: how.input ? "pipe" : (how.stdin ?? "ignore"), context })
+  if (context.plan.options.verbosity > 0) trace(argv, performance.now() - began)
+  if (result.code !== 0)
+    throw how.failure?.(result.code, result.stderr) ?? commandError(argv, how.what, result, context.plan.host)
+  return result.stdout
+}
+
+async function collect(
+  argv: readonly string[],
+  how: Execution & { context?: Context },
+): Promise<{ code: number; stdout: string; stderr: string }> {
+  const $ = await shell()
+  const process_ = $({ stdio: [how.stdin ?? "ignore", "pipe", "pipe"], input: how.input })`${[...argv]}`
+  const [stdout, stderr]: [Buffer[], Buffer[]] = [[], []]
+  process_.stdout.on("data", (chunk: Buffer) => stdout.push(chunk))
+  process_.stderr.on("data", (chunk: Buffer) => stderr.push(chunk))
+  const child = { kill: (signal: NodeJS.Signals) => kill(process_.pid, signal) }
+  how.context?.children.add(child)
+  const result = await process_
+  how.context?.children.delete(child)
+  return {
+    code: exitCodeOf(result),
+    stdout: Buffer.concat(stdout).toString("latin1"),
+    stderr: Buffer.concat(stderr).toString("utf8"),
+  }
+}
+
+/** Runs a command with our own standard streams; answers its exit code. */
+async function foreground(
+  context: Context,
+  argv: readonly string[],
+  how: { detached: boolean },
+): Promise<number> {
+  const began = performance.now()
+  const $ = await shell()
+  const process_ = $({ stdio: "inherit", detached: how.detached })`exec ${[...argv]}`
+  const child = { kill: (signal: NodeJS.Signals) => kill(process_.pid, signal) }
+  context.children.add(child)
+  const result = await process_
+  context.children.delete(child)
+  if (context.plan.options.verbosity > 0) trace(argv, performance.now() - began)
+  return exitCodeOf(result)
+}
+
+type Child = Readonly<{
+  handle: Killable
+  write: (text: string) => void
+  endInput: () => void
+  onOutput: (take: (chunk: string) => void) => void
+  errors: () => string
+  ended: Promise<number>
+}>
+
+/** Starts a long-lived command that is talked to; detached ones do not get the terminal's Ctrl-C. */
+async function start(context: Context, argv: readonly string[], how: { detached: boolean }): Promise<Child> {
+  const $ = await shell()
+  const process_ = $({ stdio: ["pipe", "pipe", "pipe"], detached: how.detached })`exec ${[...argv]}`
+  const stderr: Buffer[] = []
+  process_.stderr.on("data", (chunk: Buffer) => stderr.push(chunk))
+  process_.stdin.on("error", () => undefined)
+  const child = { kill: (signal: NodeJS.Signals) => kill(process_.pid, signal) }
+  context.children.add(child)
+  const end = async () => {
+    const result = await process_
+    context.children.delete(child)
+    return exitCodeOf(result)
+  }
+  const ended = end()
+  if (context.plan.options.verbosity > 0) trace(argv, 0)
+  return {
+    handle: child,
+    write: (text) => void process_.stdin.write(Buffer.from(text, "latin1")),
+    endInput: () => void process_.stdin.end(),
+    onOutput: (take) => void process_.stdout.on("data", (chunk: Buffer) => take(chunk.toString("latin1"))),
+    errors: () => Buffer.concat(stderr).toString("utf8"),
+    ended,
+  }
+}
+
+function kill(pid: number | undefined, signal: NodeJS.Signals): void {
+  try {
+    if (pid !== undefined) process.kill(pid, signal)
+  } catch {
+    // it has ended
+  }
+}
+
+/** 128+n for a process that signal n ended, as shells say it. */
+export function exitCodeOf(result: { exitCode: number | null; signal: NodeJS.Signals | null }): number {
+  return result.exitCode ?? 128 + (result.signal ? os.constants.signals[result.signal] : 0)
+}
+
+/** What a failed step means, in one line, with what to do about the usual causes. */
+function commandError(
+  argv: readonly string[],
+  what: string,
+  result: { code: number; stderr: string },
+  host?: Host,
+): EdictError {
+  const where = host ? ` on ${host.name} or here` : ""
+  const line =
+    result.stderr
+      .split("\n")
+      .find((text) => /No space left|Disk quota|lacks a signature|dubious ownership|not found/.test(text)) ??
+    firstLine(result.stderr)
+  if (result.code === 127) return new EdictError(`no ${shown(argv[0]!)} here`, `install ${shown(argv[0]!)}`)
+  if (host && result.code === 255) return sshError(host, result.stderr)
+  const remedies: [RegExp, string][] = [
+    [/No space left|Disk quota/, `free some space${where}`],
+    [
+      /lacks a signature by a trusted key/,
+      "the store here refuses unsigned paths of this user: sign them on the host by a key that is in trusted-public-keys here, or leave the result there (--no-link)",
+    ],
+  ]
+  return new EdictError(
+    `${what} failed (exit ${result.code})${line ? `: ${shown(line.trim())}` : ""}`,
+    remedies.find(([pattern]) => pattern.test(result.stderr))?.[1] ??
+      (host ? "add -v to see the commands" : ""),
+  )
+}
+
+/** What this process does on a signal: the command gets it, and its changes still come home; the second time it leaves at once. */
+function handleSignals(context: Context): { dispose: () => void } {
+  let count = 0
+  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
+    const handler = () => {
+      count++
+      if (context.running && count === 1) return context.session?.tell("signal", signal.slice(3))
+      for (const child of context.children) child.kill("SIGTERM")
+      process.exit(128 + os.constants.signals[signal])
+    }
+    process.on(signal, handler)
+    return { signal, handler }
+  })
+  return { dispose: () => handlers.forEach(({ signal, handler }) => process.off(signal, handler)) }
+}
+
+/** Runs one stage and notes its time. */
+async function stage<T>(context: Context, name: string, work: () => Promise<T>): Promise<T> {
+  const began = performance.now()
+  try {
+    return await work()
+  } finally {
+    const milliseconds = Math.round(performance.now() - began)
+    context.report.stages.push({ stage: name, milliseconds })
+    if (context.plan.options.verbosity > 0) say(`${name}: ${(milliseconds / 1000).toFixed(2)} s`)
+  }
+}
+
+/** Runs all of these in turn; answers the first error that a user can mend. */
+async function firstTrouble(steps: readonly (() => Promise<void>)[]): Promise<EdictError | undefined> {
+  const errors: EdictError[] = []
+  for (const step of steps) {
+    await step().catch((error: unknown) => {
+      if (!(error instanceof EdictError)) throw error
+      if (errors.length > 0) tell(error)
+      errors.push(error)
+    })
+  }
+  return errors[0]
+}
+
+async function startContext(plan: Plan, env: Env, report: Report): Promise<Context> {
+  for (const tool of plan.trees.length > 0 ? ["bash", "ssh", "rsync"] : ["bash", "ssh"])
+    if (!hasProgram(tool, env)) throw new EdictError(`no ${tool} here`, `install ${tool}`)
+  if (plan.trees.some((tree) => tree.kind === "git") && !hasProgram("git", env))
+    throw new EdictError("no git here, and the flake lies in a git repository", "install git")
+  return {
+    plan,
+    env,
+    run: randomName().slice(0, 16),
+    report,
+    control: controlPath(plan, env),
+    children: new Set(),
+
+    multiplexed: false,
+    running: false,
+  }
+}
+
+async function endContext(context: Context): Promise<void> {
+  const { report, plan } = context
+  for (const child of context.children) if (child !== context.session?.child) child.kill("SIGTERM")
+  await context.session?.close()
+  if (plan.options.report) fs.writeFileSync(plan.options.report, `${JSON.stringify(report, null, 2)}\n`)
+}
+// ── 18. Files, messages and errors ──────────────────────────────────────────────────────────────────────
+
+export const EDICT_FAILED = 254
+export const SSH_FAILED = 255
+
+/** The hash of something that is not known; equal to no file's. */
+const UNKNOWN = "unknown"
+
+/** Text as the bytes that the file system has, one character a byte; and back, for people. */
+export const bytes = (value: string): string => Buffer.from(value, "utf8").toString("latin1")
+export const text = (value: string): string => Buffer.from(value, "latin1").toString("utf8")
+const buffer = (value: string): Buffer => Buffer.from(value, "latin1")
+
+const lines = (output: string): string[] => output.split("\n").filter((line) => line !== "")
+const firstLine = (output: string): string => lines(output)[0] ?? ""
+const lastLine = (output: string): string => lines(output).at(-1)?.trim() ?? ""
+const because = (errors: string): string => (lastLine(errors) === "" ? "" : `: ${shown(lastLine(errors))}`)
+const delay = (milliseconds: number): Promise<void> =>
+  new Promise((resolve) => setTimeout(resolve, milliseconds).unref())
+const homeOf = (env: Env): string => env.HOME || os.homedir()
+
+function partition<T>(items: readonly T[], test: (item: T) => boolean): [T[], T[]] {
+  return [items.filter(test), items.filter((item) => !test(item))]
+}
+
+/** SHA-256 in hexadecimal. */
+const hash = (content: string | Uint8Array): string =>
+  new Bun.CryptoHasher("sha256").update(content).digest("hex")
+
+/** 32 random hexadecimal digits. */
+const randomName = (): string => Buffer.from(crypto.getRandomValues(new Uint8Array(16))).toString("hex")
+
+const isWithin = (inner: string, outer: string): boolean =>
+  inner === outer || inner.startsWith(outer.endsWith("/") ? outer : `${outer}/`)
+
+function readText(file: string): string | undefined {
+  try {
+    return fs.readFileSync(file, "utf8")
+  } catch {
+    return undefined
+  }
+}
+
+function canWrite(directory: string): boolean {
+  try {
+    fs.accessSync(directory, fs.constants.W_OK)
+    return true
+  } catch {
+    return false
+  }
+}
+
+function hasProgram(name: string, env: Env): boolean {
+  return Bun.which(name, { PATH: env.PATH ?? "" }) !== null
+}
+
+const isTerminal = (descriptor: number): boolean => {
+  try {
+    return fs.fstatSync(descriptor).isCharacterDevice() && require("node:tty").isatty(descriptor)
+  } catch {
+    return false
+  }
+}
+
+type Stat = fs.BigIntStats
+
+function lstat(file: string): Stat | undefined {
+  try {
+    return fs.lstatSync(buffer(file), { bigint: true })
+  } catch {
+    return undefined
+  }
+}
+
+function typeOf(stat: Stat): Entry["type"] | "other" {
+  return stat.isFile() ? "file" : stat.isSymbolicLink() ? "link" : stat.isDirectory() ? "directory" : "other"
+}
+
+/** What stat says of a file: changes with every write, chmod, rename and replacement. */
+const identityOf = (stat: Stat): string => `${stat.ino} ${stat.size} ${stat.mtimeNs} ${stat.ctimeNs}`
+
+/** The same but for ctime, which a rename changes, too. */
+function contentIdentity(file: string): string {
+  const stat = lstat(file)
+  return stat ? `${stat.ino} ${stat.size} ${stat.mtimeNs}` : ""
+}
+
+/** SHA-256 of a file's content or a link's text; read in pieces. "" for directories. Throws EdictError if it cannot be read. */
+function contentHash(file: string, type: Entry["type"]): string {
+  if (type === "directory") return ""
+  if (type === "link") return hash(fs.readlinkSync(buffer(file), { encoding: "buffer" }))
+  const hasher = new Bun.CryptoHasher("sha256")
+  const piece = Buffer.allocUnsafe(1 << 20)
+  let descriptor
+  try {
+    descriptor = fs.openSync(buffer(file), "r")
+    for (let length = -1; length !== 0;) {
+      length = fs.readSync(descriptor, piece, 0, piece.length, null)
+      hasher.update(piece.subarray(0, length))
+    }
+  } catch (error) {
+    throw new EdictError(`cannot read ${shown(text(file))}: ${reason(error)}`)
+  } finally {
+    if (descriptor !== undefined) fs.closeSync(descriptor)
+  }
+  return hasher.digest("hex")
+}
+
+type LocalState = Readonly<{ type: Entry["type"]; mode: number; hash: string }>
+
+/** What lies at a path now, with its content's hash; undefined for nothing or something that never travels. */
+function stateOf(file: string): LocalState | undefined {
+  const stat = lstat(file)
+  const type = stat && typeOf(stat)
+  if (!stat || !type || type === "other") return undefined
+  return { type, mode: Number(stat.mode & 0o777n), hash: contentHash(file, type) }
+}
+
+function currentUmask(): number {
+  return process.umask()
+}
+
+/** Puts a file under a second name that must not exist yet (EEXIST); copied where links cannot be. */
+function linkOrCopy(from: string, to: string): void {
+  try {
+    fs.linkSync(buffer(from), buffer(to))
+  } catch (error) {
+    const code = (error as NodeJS.ErrnoException).code
+    if (code !== "EXDEV" && code !== "EPERM" && code !== "ENOTSUP" && code !== "EMLINK") throw error
+    const link = lstat(from)?.isSymbolicLink()
+    if (link) fs.symlinkSync(fs.readlinkSync(buffer(from), { encoding: "buffer" }), buffer(to))
+    else fs.copyFileSync(buffer(from), buffer(to), fs.constants.COPYFILE_EXCL)
+  }
+}
+
+function moveFile(from: string, to: string): void {
+  fs.renameSync(buffer(from), buffer(to))
+}
+
+/** Removes a directory if nothing is in it. */
+function removeIfEmpty(directory: string): void {
+  try {
+    fs.rmdirSync(buffer(directory))
+  } catch {
+    // something is in it
+  }
+}
+
+/** Locks all of these files for the time that this process has them open; undefined if another has one of them. */
+function lockAll(files: readonly string[]): number[] | undefined {
+  const [exclusive, atOnce] = [2, 4] // LOCK_EX, LOCK_NB of flock(2); released by the kernel, however a process ends
+  const { symbols } = openLibrary({ flock: { args: ["i32", "i32"], returns: "i32" } })
+  const locked: number[] = []
+  for (const file of new Set(files)) {
+    fs.mkdirSync(path.dirname(file), { recursive: true, mode: 0o700 })
+    const descriptor = fs.openSync(file, "a", 0o600)
+    locked.push(descriptor)
+    if (symbols.flock!(descriptor, exclusive | atOnce) === 0) continue
+    for (const held of locked) fs.closeSync(held)
+    return undefined
+  }
+  return locked
+}
+
+type Signature = Readonly<{ args: readonly ("i32" | "u32" | "cstring")[]; returns: "i32" }>
+
+/** Functions of the C library that Bun has no binding for. */
+function openLibrary(functions: Readonly<Record<string, Signature>>): {
+  symbols: Record<string, (...words: unknown[]) => number>
+} {
+  const { dlopen } = require("bun:ffi") as typeof import("bun:ffi")
+  const names = process.platform === "darwin" ? ["libSystem.B.dylib"] : ["libc.so.6", "libc.so"]
+  for (const [at, name] of names.entries()) {
+    try {
+      return dlopen(name, functions as never) as never
+    } catch (error) {
+      if (at === names.length - 1) throw error
+    }
+  }
+  throw new Error("unreachable")
+}
+
+const AT_FDCWD = process.platform === "darwin" ? -2 : -100
+const EXCHANGE = 2
+
+/** Exchanges two names in one step: renameat2 with RENAME_EXCHANGE on Linux, renameatx_np with RENAME_SWAP on macOS. */
+function exchange(a: string, b: string): void {
+  const { ptr } = require("bun:ffi") as typeof import("bun:ffi")
+  const name = process.platform === "darwin" ? "renameatx_np" : "renameat2"
+  const { symbols } = openLibrary({
+    [name]: { args: ["i32", "cstring", "i32", "cstring", "u32"], returns: "i32" },
+  })
+  const failed =
+    symbols[name]!(AT_FDCWD, ptr(buffer(`${a}\0`)), AT_FDCWD, ptr(buffer(`${b}\0`)), EXCHANGE) !== 0
+  if (failed)
+    throw new EdictError(
+      `cannot exchange ${shown(text(a))} and ${shown(text(b))}`,
+      "is the file system one without RENAME_EXCHANGE?",
+    )
+}
+
+/** A word for people: control characters escaped, so that no name can write to the terminal. */
+export function shown(word: string): string {
+  // eslint-disable-next-line no-control-regex
+  return word.replace(
+    /[\u0000-\u001f\u007f-\u009f]/g,
+    (character) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
+  )
+}
+
+const shortened = (word: string): string => (word.length > 60 ? `${word.slice(0, 60)}…` : word)
+
+/** A word for any POSIX shell. Only for bash here and for printed lines: the other side's login shell may be fish. */
+export function shellQuote(word: string): string {
+  return /^[\w./:@+-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`
+}
+
+/** The candidate that a mistyped word is closest to, if it is close at all. */
+export function nearest(word: string, candidates: readonly string[]): string | undefined {
+  const distance = (a: string, b: string): number => {
+    let row = [...Array(b.length + 1).keys()]
+    for (let i = 1; i <= a.length; i++)
+      row = row.reduce<number[]>(
+        (next, above, j) => [
+          ...next,
+          j === 0 ? i : Math.min(above + 1, next[j - 1]! + 1, row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1)),
+        ],
+        [],
+      )
+    return row[b.length]!
+  }
+  const ranked = candidates
+    .map((candidate) => ({ candidate, far: distance(word, candidate) }))
+    .sort((a, b) => a.far - b.far)
+  return ranked[0] && ranked[0].far <= Math.max(2, word.length / 3) ? ranked[0].candidate : undefined
+}
+
+/** Prints to stdout what the user asked edict itself for. */
+function print(output: string): number {
+  process.stdout.write(output)
+  return 0
+}
+
+/** Says something on stderr, with our name before it. */
+function say(message: string): void {
+  process.stderr.write(`edict: ${message}\n`)
+}
+
+function note(context: Context, message: string): void {
+  context.report.notes.push(message)
+  if (context.plan.options.verbosity >= 0) say(message)
+}
+
+/** `-v`: a command as a shell line, with its time; scripts as one word. */
+function trace(argv: readonly string[], milliseconds: number): void {
+  const words = argv.map((word) => (word === BOOT_LINE ? "<agent>" : shellQuote(word)))
+  say(`+ ${shown(words.join(" "))}${milliseconds > 0 ? `   # ${(milliseconds / 1000).toFixed(2)} s` : ""}`)
+}
+
+const reason = (error: unknown): string => (error instanceof Error ? shown(error.message) : String(error))
+
+/** Something that the user can mend: what and why, what to type, and the exit code. */
+export class EdictError extends Error {
+  constructor(
+    message: string,
+    readonly hint: string = "",
+    readonly exitCode: number = EDICT_FAILED,
+  ) {
+    super(message)
+  }
+}
+export class UsageError extends EdictError {}
+
+/** One line for an error; a bug keeps its stack. Answers the exit code. */
+export function tell(error: unknown): number {
+  if (!(error instanceof EdictError)) {
+    process.stderr.write(`edict: this is a bug: ${error instanceof Error ? error.stack : String(error)}\n`)
+    return EDICT_FAILED
+  }
+  say(`${error.message}${error.hint ? `; try: ${error.hint}` : ""}`)
+  return error.exitCode
+}
+
+if (import.meta.main) process.exitCode = await main(process.argv.slice(2)).catch(tell)
