@@ -205,7 +205,8 @@ export type Report = {
   bytesUp: number
   resultLinks: ResultLink[]
   changed: string[]
-  conflicts: { file: string; kept?: string; why: string }[]
+  refs: string[]
+  conflicts: { file: string; kept?: string; why: string; hint?: string }[]
   notes: string[]
 }
 
@@ -243,6 +244,7 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
     bytesUp: 0,
     resultLinks: [],
     changed: [],
+    refs: [],
     conflicts: [],
     notes: [],
   }
@@ -279,6 +281,11 @@ const FLAG_OPTIONS = [
   "help",
   "version",
 ] as const
+const FLAG_LETTERS = ["v", "n", "q", "A", "h"] as const
+const FLAG_WORDS: readonly string[] = [
+  ...[...FLAG_OPTIONS, "no-sync", "no-tty"].map((name) => `--${name}`),
+  ...FLAG_LETTERS.map((letter) => `-${letter}`),
+]
 
 /**
  * Reads edict's own options and cuts the rest into host and command, byte for byte.
@@ -286,23 +293,22 @@ const FLAG_OPTIONS = [
  */
 export async function parseArguments(argv: readonly string[], env: Env): Promise<Invocation> {
   const { default: minimist } = await import("minimist")
-  const unknown: string[] = []
   const [expanded, rest] = splitOptions(argv)
   const parsed = minimist(expanded, {
     string: [...SSH_VALUE_OPTIONS, ...VALUE_OPTIONS],
-    boolean: [...FLAG_OPTIONS, "v", "n", "q", "A", "h"],
-    unknown: (word) => (unknown.push(word), false),
+    boolean: [...FLAG_OPTIONS, ...FLAG_LETTERS],
   })
-  if (unknown[0] !== undefined) throw unknownOption(unknown[0])
-  const given = (name: string) => expanded.includes(`--${name}`)
   const flag = (...names: string[]) => names.some((name) => parsed[name] === true)
+  const forced = (name: string) => {
+    const last = expanded.findLast((word) => word === `--${name}` || word === `--no-${name}`)
+    return last === undefined ? "auto" : last === `--${name}` ? "always" : "never"
+  }
   const value = (name: string) => {
     const last: unknown = [parsed[name]].flat().at(-1)
-    if (last === "") throw new UsageError(`option --${name} needs a value`)
     return typeof last === "string" ? last : undefined
   }
   const options: Options = {
-    sync: given("sync") ? "always" : given("no-sync") ? "never" : "auto",
+    sync: forced("sync"),
     action: flag("help", "h")
       ? "help"
       : flag("version")
@@ -312,7 +318,7 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
           : "run",
     json: flag("json"),
     verbosity: flag("quiet", "q") ? -1 : expanded.filter((word) => word === "-v").length,
-    tty: given("no-tty") ? "never" : given("tty") ? "always" : "auto",
+    tty: forced("tty"),
     allowMassDelete: flag("allow-mass-delete"),
     report: value("report"),
     config: value("config"),
@@ -321,47 +327,31 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
   return { options, ...splitCommand(rest, options, env) }
 }
 
-/** Cuts argv where the options end, with `-vv` as `-v -v` and `-p22` as `-p 22`. */
+/** Cuts argv where the options end, with `-vv` as `-v -v`, `-p22` and `-p 22` as `-p=22`. */
 function splitOptions(argv: readonly string[]): [string[], readonly string[]] {
   const options: string[] = []
-  const takesValue = (word: string) =>
-    SSH_VALUE_OPTIONS.some((letter) => word === `-${letter}`) ||
-    VALUE_OPTIONS.some((name) => word === `--${name}`)
+  const withValue = (option: string, value: string | undefined) => {
+    if (!value) throw new UsageError(`option ${option} needs a value`)
+    options.push(`${option}=${value}`)
+  }
   for (let at = 0; at < argv.length; at++) {
     const word = argv[at]!
     if (word === "--") return [options, argv.slice(at + 1)]
     if (!word.startsWith("-") || word === "-") return [options, argv.slice(at)]
-    const attached = /^-([opiFJ])(.+)$/s.exec(word)
-    if (attached) options.push(`-${attached[1]}`, attached[2]!)
-    else if (/^-[vnqAh]{2,}$/.test(word)) options.push(...[...word.slice(1)].map((letter) => `-${letter}`))
-    else if (takesValue(word)) {
-      const next = argv[++at]
-      if (next === undefined) throw new UsageError(`option ${word} needs a value`)
-      options.push(word, next)
-    } else if (/^--(report|config)=/.test(word))
-      options.push(word.slice(0, word.indexOf("=")), word.slice(word.indexOf("=") + 1))
-    else options.push(word)
+    const [, letter, attached] = /^(-[opiFJ])(.*)$/s.exec(word) ?? []
+    const [, name, assigned] = /^(--(?:report|config))(?:=(.*))?$/s.exec(word) ?? []
+    if (letter !== undefined) withValue(letter, attached || argv[++at])
+    else if (name !== undefined) withValue(name, assigned ?? argv[++at])
+    else if (/^-[vnqAh]{2,}$/.test(word)) options.push(...[...word.slice(1)].map((flag) => `-${flag}`))
+    else if (FLAG_WORDS.includes(word)) options.push(word)
+    else throw unknownOption(word)
   }
   return [options, []]
 }
 
 /** The options of ssh among the expanded words, in their order. */
 function sshOptionWords(expanded: readonly string[]): string[] {
-  const letters = SSH_VALUE_OPTIONS.map((letter) => `-${letter}`)
-  return expanded.flatMap((word, at) =>
-    letters.includes(word) && !isValueOf(expanded, at) ? [word, expanded[at + 1]!] : [],
-  )
-}
-
-/** Whether the word at `at` is the value of an option before it. */
-function isValueOf(expanded: readonly string[], at: number): boolean {
-  const before = expanded[at - 1]
-  if (before === undefined) return false
-  const takes = [
-    ...SSH_VALUE_OPTIONS.map((letter) => `-${letter}`),
-    ...VALUE_OPTIONS.map((name) => `--${name}`),
-  ].includes(before)
-  return takes && !isValueOf(expanded, at - 1)
+  return expanded.flatMap((word) => (/^-[opiFJ]=/.test(word) ? [word.slice(0, 2), word.slice(3)] : []))
 }
 
 /** Host and command of the words behind the options. */
@@ -387,8 +377,13 @@ function splitCommand(
 }
 
 function unknownOption(word: string): UsageError {
-  const known = [...FLAG_OPTIONS, ...VALUE_OPTIONS, "no-sync", "no-tty"].map((name) => `--${name}`)
-  const close = nearest(word, known)
+  const [name = word] = word.split("=", 1)
+  if (FLAG_WORDS.includes(name)) return new UsageError(`option ${name} takes no value`, `edict ${name}`)
+  const known = [...FLAG_WORDS, ...VALUE_OPTIONS.map((option) => `--${option}`)]
+  const close = nearest(
+    word,
+    known.filter((option) => option.startsWith("--")),
+  )
   return new UsageError(`unknown option ${shown(word)}`, close ? `edict ${close}` : "edict --help")
 }
 
@@ -581,14 +576,14 @@ export function parseAddress(word: string): { destination: string; port?: string
   const authority = url ? url[1]! : word
   if (authority === "") throw refuse("is empty")
   if (!/^[A-Za-z0-9._@:%+[\]-]+$/.test(authority)) throw refuse("has characters outside [A-Za-z0-9._@:%+[]-]")
-  const port = url ? /:(\d+)$/.exec(authority)?.[1] : undefined
+  const port = url ? /^(?:.*@)?(?:\[[^\]]*\]|[^:]*):(\d+)$/.exec(authority)?.[1] : undefined
   const bare = port ? authority.slice(0, -port.length - 1) : authority
   const at = bare.lastIndexOf("@")
-  const [user, name] = at < 0 ? ["", bare] : [bare.slice(0, at), bare.slice(at + 1)]
+  const user = at < 0 ? "" : bare.slice(0, at)
+  const name = bare.slice(at + 1).replace(/^\[(.*)\]$/, "$1")
   if (user.startsWith("-") || name.startsWith("-")) throw refuse("starts with -")
   if (name === "" || (at >= 0 && user === "")) throw refuse("lacks a name")
-  const plain = url ? name.replace(/^\[(.*)\]$/, "$1") : name
-  return { destination: at < 0 ? plain : `${user}@${plain}`, port }
+  return { destination: at < 0 ? name : `${user}@${name}`, port }
 }
 // ── 6. Scan: which words of the command name something here ─────────────────────────────────────────────
 // By position and grammar, as Nix parses its command line; the file system is asked for symbolic links only.
@@ -1822,7 +1817,10 @@ export function minimalConfig(settings: string): string {
   const pairs = settings
     .split("\0")
     .filter((pair) => pair !== "")
-    .map((pair): [string, string] => [pair.slice(0, pair.indexOf("\n")), pair.slice(pair.indexOf("\n") + 1)])
+    .map((pair): [string, string] => {
+      const [, key = pair, value = "true"] = /^([^\n]*)\n(.*)$/s.exec(pair) ?? [] // without "=" it means true
+      return [key, value]
+    })
   const quoted = (value: string) =>
     `"${value.replace(/[\\"]/g, "\\$&").replace(/\n/g, "\\n").replace(/\t/g, "\\t")}"`
   const format = pairs.find(([key]) => key === "extensions.objectformat")
@@ -1968,10 +1966,14 @@ async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promi
   return { tree, manifest }
 }
 
-/** What the agent says of a tree: `same` as agreed, `drifted` (changed by somebody else), `interrupted`, `fresh`. */
+/**
+ * What the agent says of a tree: `same` as agreed, `drifted` (changed by somebody else), `interrupted` (a run whose
+ * changes never came home), `discarded` (the same, of a run whose changes were not to come home), `fresh`.
+ */
 type Opened = Readonly<{
-  state: "same" | "drifted" | "interrupted" | "fresh"
+  state: "same" | "drifted" | "interrupted" | "discarded" | "fresh"
   token: string
+  git: GitChanges
   changes: readonly Change[]
 }>
 
@@ -2008,6 +2010,7 @@ async function openTree(
     state: state[1] as Opened["state"],
     token: state[2]!,
     changes: parseChanges(answer.filter((line) => !line.startsWith("s "))),
+    git: parseGitChanges(answer),
   }
 }
 
@@ -2130,6 +2133,7 @@ type Outcome = Readonly<{
   exitCode: number
   links: readonly ResultLink[]
   changes: ReadonlyMap<string, readonly Change[]>
+  git: ReadonlyMap<string, GitChanges>
   unseen: readonly string[]
 }>
 
@@ -2140,9 +2144,7 @@ type Outcome = Readonly<{
 async function runCommand(context: Context, states: readonly TreeState[]): Promise<Outcome> {
   const { plan, session } = context
   const id = context.run
-  const watched = states
-    .filter(({ tree }) => tree.comesHome !== "nothing")
-    .map(({ tree }) => `${tree.id} ${tree.comesHome}\n`)
+  const watched = states.map(({ tree }) => `${tree.id} ${tree.comesHome}\n`)
   const directories = plan.linkDirectories.map(({ remote }) => `${remote}\n`)
   const answer = session!.ask(
     "run",
@@ -2237,6 +2239,12 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
     exitCode: Number(code ?? EDICT_FAILED),
     links: [...links, ...inTrees].filter(({ target }) => isStorePath(target)),
     changes,
+    git: new Map(
+      trees.map(({ id, at }, index) => [
+        id,
+        parseGitChanges(answer.slice(at + 1, trees[index + 1]?.at ?? answer.length)),
+      ]),
+    ),
     unseen: answer.filter((line) => line.startsWith("e ")).map((line) => line.slice(2)),
   }
 }
@@ -2409,7 +2417,11 @@ async function syncBack(context: Context, states: readonly TreeState[], outcome:
   for (const state of states) {
     const changes = outcome.changes.get(state.tree.id) ?? []
     if (changes.length === 0) continue
-    const home = await bringHome(context, state, { changes, deletions: "honour" })
+    const home = await bringHome(context, state, {
+      changes,
+      deletions: "honour",
+      staged: (outcome.git.get(state.tree.id)?.index.length ?? 0) > 0,
+    })
     const manifest = {
       token: randomName(),
       previous: state.manifest.token,
@@ -2417,6 +2429,8 @@ async function syncBack(context: Context, states: readonly TreeState[], outcome:
       pruned: home.pruned,
     }
     writeManifest(manifestFile(context, state.tree), manifest)
+    const gitChanges = outcome.git.get(state.tree.id)
+    if (gitChanges && state.tree.comesHome === "all") await bringCommitsHome(context, state.tree, gitChanges)
     context.session!.tell("agreed", state.tree.id, manifest.token)
   }
   tellChanges(context)
@@ -2424,34 +2438,44 @@ async function syncBack(context: Context, states: readonly TreeState[], outcome:
 
 /** What came home and what did not, at the end of a run. */
 function tellChanges({ report, plan }: Context): void {
-  const { changed, conflicts } = report
+  const { changed, refs, conflicts } = report
   if (plan.options.verbosity < 0 && conflicts.length === 0) return
+  if (refs.length > 0 && plan.options.verbosity >= 0) say(`git: ${refs.map(shown).join(", ")} moved here`)
   if (changed.length > 0 && plan.options.verbosity >= 0)
     say(
       `${changed.length} file${changed.length === 1 ? "" : "s"} changed here: ${changed.slice(0, 8).map(shown).join(", ")}${changed.length > 8 ? ", …" : ""}`,
     )
-  for (const { file, kept, why } of conflicts) {
+  for (const { file, kept, why, hint } of conflicts) {
     say(`conflict: ${shown(file)} ${why}`)
     if (kept)
       say(`  theirs is kept: git diff --no-index -- ${shellQuote(shown(file))} ${shellQuote(shown(kept))}`)
+    if (hint) say(`  try: ${hint}`)
   }
 }
 
 /** A tree's changes were found before the upload: an earlier run was cut off, or somebody worked over there. */
 async function recover(context: Context, state: TreeState, opened: Opened): Promise<Map<Name, Entry>> {
-  if (opened.state === "interrupted")
+  const { tree } = state
+  const interrupted = opened.state === "interrupted"
+  if (interrupted)
     note(context, `an earlier run on ${context.plan.host.name} was cut off; first its changes come home`)
-  const wanted =
-    opened.state === "interrupted" ? { ...state, tree: { ...state.tree, comesHome: "all" as const } } : state
-  return (
-    await bringHome(context, wanted, {
-      changes: opened.changes,
-      deletions: opened.state === "interrupted" ? "honour" : "ignore",
-    })
-  ).entries
+  const comesHome = interrupted ? "all" : opened.state === "discarded" ? "nothing" : tree.comesHome
+  const home = await bringHome(
+    context,
+    { ...state, tree: { ...tree, comesHome } },
+    { changes: opened.changes, deletions: interrupted ? "honour" : "ignore", staged: true },
+  )
+  if (interrupted) await bringCommitsHome(context, tree, opened.git)
+  return home.entries
 }
 
-type Homecoming = Readonly<{ changes: readonly Change[]; deletions: "honour" | "ignore" }>
+/** `staged`: whether what is staged differs over there; the index file itself changes with every look at it. */
+type Homecoming = Readonly<{ changes: readonly Change[]; deletions: "honour" | "ignore"; staged: boolean }>
+
+/** The manifest's entry for a path of which only its type is known. */
+function unknownEntry({ type, mode }: Change): Entry {
+  return { type: type === "other" ? "file" : type, mode: mode & 0o777, identity: "", hash: UNKNOWN }
+}
 
 /** Applies a tree's changes here; answers what the remote tree holds now, and which ignored directories to skip there. */
 async function bringHome(
@@ -2463,9 +2487,9 @@ async function bringHome(
   const entries = new Map(manifest.entries)
   const [inGit, files] = partition(coming.changes, ({ name }) => hasGitComponent(name))
   // What the command did inside .git stays there; the next upload puts ours in its place again.
-  for (const { name, what } of inGit) {
-    if (what === "deleted") entries.delete(name)
-    else entries.set(name, { type: "file", mode: 0, identity: "", hash: UNKNOWN })
+  for (const change of inGit) {
+    if (change.what === "deleted") entries.delete(change.name)
+    else if (change.name !== ".git/index" || coming.staged) entries.set(change.name, unknownEntry(change))
   }
   const wanted = files.filter((change) => isWanted(tree, change, coming))
   const rules = wanted.filter(({ name }) => path.basename(name) === ".gitignore")
@@ -2480,15 +2504,19 @@ async function bringHome(
     const kept = group.filter(({ name }) => !ignored.names.has(name))
     for (const applied of await applyChanges(context, state, kept)) record(context, tree, entries, applied)
   }
-  for (const { name, what } of files)
-    if (
-      what === "deleted" &&
-      (coming.deletions === "ignore" || !wanted.some((change) => change.name === name))
-    )
-      entries.delete(name)
-  for (const { name, what } of files)
-    if (what !== "deleted" && entries.has(name) && !wanted.some((change) => change.name === name))
-      entries.set(name, { ...entries.get(name)!, identity: "", hash: UNKNOWN })
+  const arriving = new Set(wanted.map(({ name }) => name))
+  const left = files.filter(({ name }) => !arriving.has(name))
+  const ignored = await ignoredNames(
+    tree,
+    left.filter(({ name }) => !entries.has(name)).map(({ name }) => name),
+  )
+  for (const change of left) {
+    const { name, what } = change
+    // What stays over there without being wanted is put right by the next upload; ignored files are its own.
+    if (what === "deleted") entries.delete(name)
+    else if (!ignored.names.has(name) && !(tree.kind === "git" && isStoreLink(change)))
+      entries.set(name, unknownEntry(change))
+  }
   return { entries, pruned: [...pruned] }
 }
 
@@ -2870,7 +2898,218 @@ function recheck(work: Work, applied: Applied): Applied {
     why,
   )
 }
-// ── 14. Remote scripts: what runs over there, in POSIX sh ───────────────────────────────────────────────
+// ── 14. Commits: what the command did to git comes home as git's own objects ────────────────────────────
+// A pack that git verifies, then refs by compare-and-swap, fast-forward only, then the index path by path. Files
+// of .git never travel home.
+
+/** What the command changed in git over there: `before` is what was uploaded. */
+export type GitChanges = Readonly<{
+  head?: Readonly<{ before?: string; after?: string }> // a ref's name, or an object's where HEAD is detached
+  refs: readonly Readonly<{ name: string; before?: string; after?: string }>[]
+  index: readonly Readonly<{ name: Name; before?: string; after?: string }>[] // MODE OID STAGE
+  intents: readonly Name[] // added without content (git add -N)
+}>
+
+const OBJECT = /^([0-9a-f]{40}|[0-9a-f]{64})$/
+const REF = /^refs\/(heads|tags)\/[^\u0000-\u0020\u007f~^:?*[\\]+$/
+const PACK_LIMIT = 4 * 2 ** 30 // bytes; git stops a pack beyond it
+
+/** Lines `G+…`, `G-…`, `Ga…` of the agent → what changed in git; whatever is not well-formed is left out. */
+export function parseGitChanges(answer: readonly string[]): GitChanges {
+  const sides = new Map<string, { before?: string; after?: string }>()
+  const put = (key: string, side: string, value: string) =>
+    sides.set(key, { ...sides.get(key), [side === "+" ? "after" : "before"]: value })
+  for (const line of answer) {
+    const found = /^G([+-])([hri])(.*)$/s.exec(line)
+    if (!found) continue
+    const [, side, kind, rest] = found as unknown as [string, string, string, string]
+    if (kind === "h") put("h", side, rest)
+    const ref = kind === "r" ? /^(\S+) (.*)$/s.exec(rest) : null
+    if (ref && OBJECT.test(ref[1]!) && REF.test(ref[2]!)) put(`r${ref[2]}`, side, ref[1]!)
+    const staged = kind === "i" ? /^(\d{6} [0-9a-f]+ [0-3])\t(.*)$/s.exec(rest) : null
+    if (staged) put(`i${staged[2]!.replaceAll("\u0001", "\n")}`, side, staged[1]!)
+  }
+  const of = (kind: string) =>
+    [...sides]
+      .filter(([key]) => key.startsWith(kind))
+      .map(([key, value]) => ({ name: key.slice(1), ...value }))
+  const intents = answer
+    .filter((line) => line.startsWith("Ga"))
+    .map((line) => line.slice(2).replaceAll("\u0001", "\n"))
+  return { head: sides.get("h"), refs: of("r"), index: of("i"), intents }
+}
+
+/** Brings home commits, branches, tags and what is staged. Runs after the files were applied. */
+async function bringCommitsHome(context: Context, tree: Tree, changes: GitChanges): Promise<void> {
+  const detached =
+    changes.head?.after && OBJECT.test(changes.head.after) ? [{ name: "HEAD", ...changes.head }] : []
+  const refs = [...changes.refs.filter(({ after }) => after !== undefined), ...detached]
+  const staged = changes.index.flatMap(({ after }) =>
+    after && !after.startsWith("160000") ? [after.split(" ")[1]!] : [],
+  )
+  const base = [...changes.refs, changes.head ?? {}].flatMap(({ before }) =>
+    before && OBJECT.test(before) ? [before] : [],
+  )
+  if (tree.kind !== "git" || (refs.length === 0 && changes.index.length === 0 && changes.head === undefined))
+    return
+  await fetchObjects(context, tree, { wanted: [...refs.map(({ after }) => after!), ...staged], base })
+  const moved = new Map<string, boolean>()
+  for (const ref of refs) moved.set(ref.name, await moveRef(context, tree, ref))
+  const followed = await followHead(context, tree, changes)
+  const branch =
+    (await capture(git(tree.local, "symbolic-ref", "--quiet", "HEAD"), "may-fail")).trim() || "HEAD"
+  if (followed && moved.get(branch) !== false) await mergeIndex(context, tree, changes)
+}
+
+/** Fetches the objects that are wanted and not here as one pack, which git verifies before it takes it. */
+async function fetchObjects(
+  context: Context,
+  tree: Tree,
+  objects: { wanted: readonly string[]; base: readonly string[] },
+): Promise<void> {
+  const wanted = [...new Set(objects.wanted)]
+  const found = await capture(
+    git(tree.local, "cat-file", "--batch-check"),
+    "may-fail",
+    Buffer.from(wanted.map((object) => `${object}\n`).join("")),
+  )
+  const missing = lines(found)
+    .filter((line) => line.endsWith(" missing"))
+    .map((line) => line.split(" ")[0]!)
+  if (missing.length === 0) return
+  const revisions = [...missing, ...objects.base.map((object) => `^${object}`)]
+    .map((line) => `${line}\n`)
+    .join("")
+  const input = `${encodeScript(PACK_SCRIPT)}\n${tree.remote}\n${encodeWord(revisions)}\n`
+  const unpack = git(
+    tree.local,
+    "index-pack",
+    "--strict",
+    "--fix-thin",
+    "--stdin",
+    `--max-input-size=${PACK_LIMIT}`,
+  )
+  await execute(context, pipeline([...sshArguments(context), BOOT_LINE], unpack), {
+    input: Buffer.from(input, "latin1"),
+    what: `retrieval of commits of ${shown(tree.local)}`,
+  })
+  await capture(git(tree.local, "rev-list", "--objects", "--quiet", ...missing, "--not", "--all"))
+}
+
+/** Moves a ref here as the command moved it there: only forward, and only if it is still what was uploaded. */
+async function moveRef(
+  context: Context,
+  tree: Tree,
+  ref: { name: string; before?: string; after?: string },
+): Promise<boolean> {
+  const { name, before, after } = ref
+  const { host } = context.plan
+  const here = (await capture(git(tree.local, "rev-parse", "--verify", "--quiet", name), "may-fail")).trim()
+  if (here === after) return true
+  const update = (target: string, old: string) =>
+    succeeds(git(tree.local, "update-ref", "--no-deref", "-m", `edict: on ${host.name}`, target, after!, old))
+  const forward =
+    before !== undefined &&
+    !name.startsWith("refs/tags/") &&
+    (await succeeds(git(tree.local, "merge-base", "--is-ancestor", before, after!)))
+  const nothing = "0".repeat(after!.length)
+  if ((before === undefined || forward) && (await update(name, before ?? nothing))) {
+    context.report.refs.push(name)
+    return true
+  }
+  const waiting = `refs/edict/${host.name.replace(/[^A-Za-z0-9-]+/g, "-").replace(/^-+|-+$/g, "")}/${name.replace(/^refs\//, "")}`
+  // What waits there already is kept, too, unless this is a continuation of it.
+  const free =
+    (await succeeds(git(tree.local, "merge-base", "--is-ancestor", waiting, after!))) ||
+    !(await succeeds(git(tree.local, "rev-parse", "--verify", "--quiet", waiting)))
+  const target = free ? waiting : `${waiting}-${context.run}`
+  await capture(git(tree.local, "update-ref", target, after!))
+  const why = forward || before === undefined ? "moved here meanwhile" : "was moved there, but not forward"
+  context.report.conflicts.push({
+    file: name,
+    why: `${why}; theirs is ${target}`,
+    hint: `git merge ${target}`,
+  })
+  return false
+}
+
+/** Switches to the branch that the command switched to, if HEAD here is still what was uploaded. */
+async function followHead(context: Context, tree: Tree, { head }: GitChanges): Promise<boolean> {
+  if (!head?.after || !head.before || OBJECT.test(head.after)) return true
+  const here =
+    (await capture(git(tree.local, "symbolic-ref", "--quiet", "HEAD"), "may-fail")).trim() ||
+    (await capture(git(tree.local, "rev-parse", "HEAD"), "may-fail")).trim()
+  if (here === head.after) return true
+  const exists =
+    REF.test(head.after) && (await succeeds(git(tree.local, "rev-parse", "--verify", "--quiet", head.after)))
+  if (here !== head.before || !exists) {
+    context.report.conflicts.push({
+      file: "HEAD",
+      why: `was switched to ${shown(head.after)} there, and here it is another branch by now; it stays`,
+    })
+    return false
+  }
+  await capture(
+    git(tree.local, "symbolic-ref", "-m", `edict: on ${context.plan.host.name}`, "HEAD", head.after),
+  )
+  context.report.refs.push("HEAD")
+  return true
+}
+
+/** Stages here what the command staged, path by path; a path that was staged here meanwhile stays as it is. */
+async function mergeIndex(context: Context, tree: Tree, changes: GitChanges): Promise<void> {
+  const staged = (await capture(git(tree.local, "ls-files", "--stage", "-z")))
+    .split("\0")
+    .filter((entry) => entry !== "")
+  const here = new Map(
+    staged.map((entry): [Name, string] => [
+      entry.slice(entry.indexOf("\t") + 1),
+      entry.slice(0, entry.indexOf("\t")),
+    ]),
+  )
+  const intents = new Set(changes.intents)
+  const wanted = changes.index.filter(
+    ({ name, after }) => here.get(name) !== after && !intents.has(name) && unsafeName(name) === undefined,
+  )
+  const [free, taken] = partition(wanted, ({ name, before }) => here.get(name) === before)
+  for (const { name } of taken)
+    context.report.conflicts.push({
+      file: text(name),
+      why: "was staged here and there; what you staged stays",
+    })
+  const information = free
+    .map(({ name, after }) => (after ? `${after}\t${name}\0` : `0 ${"0".repeat(40)}\t${name}\0`))
+    .join("")
+  if (information !== "")
+    await capture(
+      git(tree.local, "update-index", "-z", "--index-info"),
+      "throws",
+      Buffer.from(information, "latin1"),
+    )
+  const added = changes.intents.filter(
+    (name) => !here.has(name) && unsafeName(name) === undefined && lstat(`${bytes(tree.local)}/${name}`),
+  )
+  if (added.length > 0)
+    await capture(
+      [
+        "env",
+        "GIT_LITERAL_PATHSPECS=1",
+        ...git(
+          tree.local,
+          "add",
+          "--force",
+          "--intent-to-add",
+          "--pathspec-from-file=-",
+          "--pathspec-file-nul",
+        ),
+      ],
+      "throws",
+      Buffer.from(added.map((name) => `${name}\0`).join(""), "latin1"),
+    )
+  await capture(git(tree.local, "update-index", "-q", "--refresh"), "may-fail")
+}
+
+// ── 15. Remote scripts: what runs over there, in POSIX sh ───────────────────────────────────────────────
 // The login shell, whatever it is, sees one of two fixed lines. The first reads a script and then requests on
 // its standard input; the second waits in a fifo for the script that the first one hands it, so that its own
 // standard input is the command's. Words travel as printf %b text and never become shell text.
@@ -2956,6 +3195,22 @@ differences() {
   cat "$meta/diff"
 }
 
+# What names commits, and what is staged: h HEAD, r OID REF, i MODE OID STAGE and name.
+git_state() {
+  { git -C "$tree" symbolic-ref -q HEAD || git -C "$tree" rev-parse -q --verify HEAD; } | sed 's/^/h/'
+  git -C "$tree" for-each-ref --format='r%(objectname) %(refname)' refs/heads refs/tags
+  git -C "$tree" ls-files --stage -z | tr '\n\0' '\001\n' | sed 's/^/i/'
+}
+
+# The same as differences, of git_state, if anything in .git changed; a is a file that was added without content.
+git_differences() {
+  [ -s "$meta/git" ] && grep -q '/\./\.git/' "$meta/diff" || return 0
+  git_state >"$meta/git.after" || return 1
+  awk -v first="$meta/git" 'BEGIN { while ((getline line <first) > 0) old[line] }
+    { if ($0 in old) delete old[$0]; else print "G+" $0 } END { for (line in old) print "G-" line }' "$meta/git.after"
+  git -C "$tree" diff --no-ext-diff --name-only --diff-filter=A -z | tr '\n\0' '\001\n' | sed 's/^/Ga/'
+}
+
 aside() { mkdir -p "$meta/aside" && mv -- "$1" "$meta/aside/$(date +%s).$$.$\{1##*/}"; }
 
 # Moves what was uploaded into its place, directory by directory; a directory in the way of a file goes aside.
@@ -2984,7 +3239,10 @@ settle() {
   [ ! -s "$meta/remove" ] || (cd "$tree" && xargs -0 rm -f -- <"$meta/remove") || return 1
   [ ! -s "$meta/rmdir" ] || (cd "$tree" && xargs -0 rmdir -- <"$meta/rmdir") 2>/dev/null || :
   [ ! -d "$meta/in" ] || place || return 1
-  if [ -f "$tree/.git/index" ] && command -v git >/dev/null; then git -C "$tree" update-index -q --refresh >/dev/null 2>&1 || :; fi
+  if [ -f "$tree/.git/index" ] && command -v git >/dev/null; then
+    git -C "$tree" update-index -q --refresh >/dev/null 2>&1 || :
+    git_state >"$meta/git" 2>/dev/null || rm -f "$meta/git"
+  fi
   newest=$(cat "$meta/newest" 2>/dev/null) || newest=
   if [ -n "$newest" ]; then (cd "$tree" && find . -name .git -prune -o -type d -print0 | xargs -0 touch -d "@$newest") 2>/dev/null || :; fi
   list >"$meta/base.new" && mv "$meta/base.new" "$meta/base" || return 1
@@ -3032,7 +3290,7 @@ do_tree() {
   touch "$meta"
   word "$4"; printf '%s' "$decoded" >"$meta/prune"
   mkdir -p "$tree" || { why="cannot make $tree"; return 1; }
-  if [ -e "$meta/next" ]; then settle || { why="cannot finish the last upload"; return 1; }; fi
+  if [ -e "$meta/next" ]; then settle || rm -f "$meta/next" "$meta/token"; fi
   rm -rf "$meta/in"
 word "$6"
   printf '%s\n' "$decoded" | while IFS= read -r prefix; do mkdir -p "$meta/in/$prefix" || exit 1; done || { why="cannot write to $meta"; return 1; }
@@ -3042,8 +3300,12 @@ word "$6"
   if [ -n "$token" ] && [ -n "$known" ] && { [ -n "$only" ] || [ "$(ls -di "$tree")" = "$(cat "$meta/root" 2>/dev/null)" ]; }; then
     list >"$meta/now" || { why="cannot list $tree"; return 1; }
     if cmp -s "$meta/base" "$meta/now"; then say "s same $token"; return 0; fi
-    if [ -e "$meta/running" ]; then say "s interrupted $token"; else say "s drifted $token"; fi
-    differences "$meta/base" "$meta/now"
+    case $(cat "$meta/running" 2>/dev/null) in
+      '') say "s drifted $token" ;;
+      all) say "s interrupted $token" ;;
+      *) say "s discarded $token" ;;
+    esac
+    differences "$meta/base" "$meta/now" && git_differences
     return
   fi
   if [ -n "$only" ]; then [ ! -e "$tree/$only" ] || aside "$tree/$only"; else rmdir "$tree" 2>/dev/null || aside "$tree"; mkdir -p "$tree"; fi || return 1
@@ -3089,7 +3351,7 @@ report() {
   while read -r id _; do
     select_tree "$id" || continue
     say "d $id"
-    if list >"$meta/after"; then differences "$meta/base" "$meta/after"; else say "e cannot list $tree"; fi
+    if list >"$meta/after"; then differences "$meta/base" "$meta/after" && git_differences; else say "e cannot list $tree"; fi
   done <"$run/watched"
   say .ok
 }
@@ -3105,7 +3367,7 @@ do_run() {
   shift 5
   printf '%s\n' "$@" >"$run/words"
   links >"$run/links.before"
-  while read -r id home; do [ "$home" != all ] || true >"$base/meta/$id/running"; done <"$run/watched"
+  while read -r id home; do printf '%s\n' "$home" >"$base/meta/$id/running"; done <"$run/watched"
   started=1
   { printf 'run=%s\n%s\n' "$run" "$script" >"$run/go"; report; true >"$run/reported"; } &
   reporter=$!
@@ -3143,7 +3405,7 @@ do_signal() { pid=$(cat "$run/pid" 2>/dev/null) && kill -s "$1" -- "-$pid"; }
 
 # agreed ID TOKEN: what the command changed is home; from here on this is the agreed state
 do_agreed() {
-  select_tree "$1" && printf '%s\n' "$2" >"$meta/token.new" && mv "$meta/after" "$meta/base" && mv "$meta/token.new" "$meta/token" && rm -f "$meta/running"
+  select_tree "$1" && printf '%s\n' "$2" >"$meta/token.new" && mv "$meta/after" "$meta/base" && { [ ! -e "$meta/git.after" ] || mv "$meta/git.after" "$meta/git"; } && mv "$meta/token.new" "$meta/token" && rm -f "$meta/running"
 }
 
 while IFS= read -r line; do
@@ -3189,6 +3451,14 @@ else
 fi
 `
 
+/** Sends a pack of the named commits, thin: its deltas may lean on what the other side has. */
+export const PACK_SCRIPT = sh`
+IFS= read -r tree
+IFS= read -r revisions
+case $tree in /*) ;; *) tree=$HOME/$tree ;; esac
+printf '%b' "$revisions" | exec git -C "$tree" pack-objects -q --revs --thin --delta-base-offset --stdout
+`
+
 /** Runs in the other channel, with $run set: the words of the command, in its directory, with the caller's streams. */
 export const COMMAND_SCRIPT = sh`
 exec 9>"$run/done"
@@ -3229,7 +3499,7 @@ code=$?
 echo "$code" >&9
 exit "$code"
 `
-// ── 15. Session: requests to the agent, answers from it ─────────────────────────────────────────────────
+// ── 16. Session: requests to the agent, answers from it ─────────────────────────────────────────────────
 
 /** The agent at the other end. Its input's end tells it that this program is gone, however that came about. */
 type Session = Readonly<{
@@ -3332,7 +3602,7 @@ async function openSession(context: Context): Promise<Session> {
   return session
 }
 
-// ── 16. Ssh: one connection, and what its failures mean ─────────────────────────────────────────────────
+// ── 17. Ssh: one connection, and what its failures mean ─────────────────────────────────────────────────
 
 /** The ssh program with all options but the host, for rsync -e. */
 function sshProgram(context: Pick<Context, "plan" | "control">): string[] {
@@ -3439,7 +3709,7 @@ export function sshError(host: Pick<Host, "name" | "destination">, errors: strin
     SSH_FAILED,
   )
 }
-// ── 17. Processes: the only place that starts one ───────────────────────────────────────────────────────
+// ── 18. Processes: the only place that starts one ───────────────────────────────────────────────────────
 // zx starts them and reads short answers; bytes flow inside one bash pipeline or through inherited streams.
 
 /** zx with everything that the environment's ZX_* could change set; loaded late, as it is most of the start-up. */
@@ -3703,7 +3973,7 @@ async function endContext(context: Context): Promise<void> {
   await context.session?.close()
   if (plan.options.report) fs.writeFileSync(plan.options.report, `${JSON.stringify(report, null, 2)}\n`)
 }
-// ── 18. Files, messages and errors ──────────────────────────────────────────────────────────────────────
+// ── 19. Files, messages and errors ──────────────────────────────────────────────────────────────────────
 
 export const EDICT_FAILED = 254
 export const SSH_FAILED = 255
