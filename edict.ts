@@ -131,6 +131,7 @@ export type Plan = Readonly<{
   storePaths: readonly string[] // store paths that the command names by a link here
   command: readonly RemoteWord[]
   root: string // where this machine's trees are over there
+  seed: string // the same for slot 0, whose trees the ones of other slots start from; "" in slot 0
   system?: string
 }>
 
@@ -431,8 +432,8 @@ const CHECKS = {
     allowed: "a path of letters, digits, . _ / -, absolute or below ~/",
     check: (value: unknown) =>
       typeof value === "string" &&
-      /^(~\/|\/)?[A-Za-z0-9._-][A-Za-z0-9._/-]*$/.test(value) &&
-      !/(^|\/)\.\.(\/|$)/.test(value),
+      /^(~\/|\/)?[A-Za-z0-9._][A-Za-z0-9._/-]*$/.test(value) &&
+      !/(^|\/)\.\.?(\/|$)/.test(value),
   },
 } as const
 type Check = keyof typeof CHECKS
@@ -466,7 +467,8 @@ export async function parseConfig(text: string, file: string): Promise<Config> {
   }
   checkKeys(top, TOP_KEYS, file, "")
   const hosts = Object.entries(isTable(top.hosts) ? top.hosts : {}).map(([name, host]) => {
-    if (!isTable(host)) throw new EdictError(`${file}: hosts.${name} must be a table`, `[hosts.${name}]`)
+    if (!isTable(host))
+      throw new EdictError(`${file}: hosts.${shown(name)} must be a table`, `[hosts.${shown(name)}]`)
     checkKeys(host, HOST_KEYS, file, `hosts.${name}.`)
     return [name, hostConfig(host)] as const
   })
@@ -485,7 +487,7 @@ function checkKeys(
   prefix: string,
 ): void {
   for (const [key, value] of Object.entries(table)) {
-    const check = keys[key]
+    const check = Object.hasOwn(keys, key) ? keys[key] : undefined
     if (check === undefined) {
       const close = nearest(key, Object.keys(keys))
       throw new EdictError(
@@ -518,7 +520,7 @@ function hostConfig(table: Record<string, unknown>): HostConfig {
 
 /** Reads the host config; a missing default file is an empty config, a missing named one an error. */
 async function readConfig(options: Options, env: Env): Promise<Config> {
-  const named = options.config ?? env.EDICT_CONFIG
+  const named = options.config ?? (env.EDICT_CONFIG || undefined)
   const file =
     named ?? path.join(env.XDG_CONFIG_HOME || path.join(homeOf(env), ".config"), "edict", "config.toml")
   if (named === undefined && !fs.existsSync(file)) return { file, hosts: {} }
@@ -1164,6 +1166,7 @@ export function makePlan(
     storePaths: scanned.references.flatMap((reference) => reference.target ?? []),
     command: rewriteCommand(program!, words, { scanned, mapped, implicit, map }),
     root,
+    seed: where.slot === 0 ? "" : clientRoot({ ...where, slot: 0 }),
     system: scanned.system,
   }
 }
@@ -1533,15 +1536,17 @@ const stateDirectory = (env: Env): string =>
 const cacheDirectory = (env: Env): string =>
   path.join(env.XDG_CACHE_HOME || path.join(homeOf(env), ".cache"), "edict")
 
-const manifestFile = (context: Context, tree: Tree): string =>
-  path.join(
-    stateDirectory(context.env),
-    hash(`${context.plan.host.destination} ${context.plan.host.sshOptions.join(" ")} ${tree.remote}`).slice(
-      0,
-      24,
-    ),
-    `${tree.id}.json`,
-  )
+const manifestFile = (context: Context, tree: Tree, remote: string = tree.remote): string => {
+  const { destination, sshOptions } = context.plan.host
+  const host = hash(`${destination} ${sshOptions.join(" ")} ${remote}`).slice(0, 24)
+  return path.join(stateDirectory(context.env), host, `${tree.id}.json`)
+}
+
+/** The manifest of the same tree in slot 0, which a new tree of another slot is copied from. */
+function seedManifest(context: Context, tree: Tree): Manifest | undefined {
+  const { root, seed } = context.plan
+  return seed === "" ? undefined : readManifest(manifestFile(context, tree, tree.remote.replace(root, seed)))
+}
 
 /** The manifest in `file`; undefined where there is none that can be read. */
 function readManifest(file: string): Manifest | undefined {
@@ -1929,13 +1934,15 @@ async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
 
 async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promise<TreeState> {
   const file = manifestFile(context, tree)
-  const next = readManifest(`${file}.next`)
+  const candidates = [scanned.manifest, readManifest(`${file}.next`), seedManifest(context, tree)].filter(
+    (manifest) => manifest !== undefined,
+  )
   const opened = await openTree(context, tree, {
     pruned: scanned.manifest?.pruned ?? [],
-    tokens: [scanned.manifest?.token, scanned.manifest?.previous, next?.token],
+    tokens: candidates.flatMap(({ token, previous }) => [token, previous]),
     sources: scanned.sources,
   })
-  const agreed = opened.state === "fresh" ? undefined : next?.token === opened.token ? next : scanned.manifest
+  const agreed = candidates.find(({ token, previous }) => opened.token === token || opened.token === previous)
   let { sources } = scanned
   let before = agreed?.entries ?? new Map<Name, Entry>()
   if (agreed && opened.changes.length > 0) {
@@ -1946,7 +1953,7 @@ async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promi
   const entries = new Map([...sources].map(([name, { entry }]) => [name, entry]))
   if (
     agreed &&
-    opened.changes.length === 0 &&
+    opened.state === "same" &&
     delta.send.length + delta.remove.length + delta.removeDirectories.length === 0
   ) {
     const manifest = { ...agreed, entries }
@@ -2004,6 +2011,7 @@ async function openTree(
     patterns.join(""),
     tokens,
     prefixes,
+    context.plan.seed,
   )
   const state = answer.find((line) => line.startsWith("s "))!.split(" ")
   return {
@@ -3267,6 +3275,18 @@ expire() {
   done
 }
 
+# seed_tree ID BASE TOKENS: starts a tree as a copy of the same tree in another slot. A run may be changing that one:
+# what differs from its agreed state after the copy is named, and then not relied on.
+seed_tree() {
+  to=$tree mine=$meta here=$base base=$2
+  select_tree "$1" && from=$meta && token=$(cat "$from/token") && [ -z "$only" ] && [ ! -e "$from/next" ] &&
+    case " $3 " in *" $token "*) ;; *) false ;; esac && cp -Rp "$tree/." "$to/" && meta=$mine && list >"$mine/now" &&
+    [ "$(cat "$from/token")" = "$token" ] && [ ! -e "$from/next" ] && cp "$from/base" "$mine/seed"
+  seeded=$?
+  tree=$to meta=$mine base=$here
+  return "$seeded"
+}
+
 do_hello() {
   base=$1
   case $base in /*) ;; *) base=$HOME/$base ;; esac
@@ -3282,7 +3302,7 @@ do_hello() {
   for tool in rsync git nix; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
 }
 
-# tree ID PATH ONLY PRUNE TOKENS PREFIXES: is the tree over there what this side takes it for?
+# tree ID PATH ONLY PRUNE TOKENS PREFIXES SEED: is the tree over there what this side takes it for?
 do_tree() {
   mkdir -p "$base/meta/$1" || { why="cannot write to $base"; return 1; }
   word "$3"; printf '%s\n%s\n' "$2" "$decoded" >"$base/meta/$1/path"
@@ -3309,7 +3329,15 @@ word "$6"
     return
   fi
   if [ -n "$only" ]; then [ ! -e "$tree/$only" ] || aside "$tree/$only"; else rmdir "$tree" 2>/dev/null || aside "$tree"; mkdir -p "$tree"; fi || return 1
-  rm -f "$meta/token" "$meta/base"
+  rm -f "$meta/token" "$meta/base" "$meta/git"
+  word "$7"
+  if [ -n "$decoded" ]; then
+    seed=$decoded
+    case $seed in /*) ;; *) seed=$HOME/$seed ;; esac
+    word "$5"
+    if seed_tree "$1" "$seed" "$decoded" 2>/dev/null; then say "s discarded $token"; differences "$meta/seed" "$meta/now"; return; fi
+    rm -rf "$tree" && mkdir -p "$tree" || return 1
+  fi
   say "s fresh -"
 }
 
