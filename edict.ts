@@ -253,12 +253,13 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
   const watch = handleSignals(context)
   try {
     await stage(context, "connect", () => connect(context))
-    const states = await stage(context, "upload", () => upload(context))
-    const outcome = await stage(context, "run", () => runCommand(context, states))
+    const scans = await stage(context, "scan", () => scanTrees(context))
+    const { states, outcome } = (await runAtOnce(context, scans)) ?? (await runAfterUpload(context, scans))
     const trouble = await firstTrouble([
-      () => stage(context, "results", () => fetchResults(context, outcome)),
-      () => stage(context, "sync back", () => syncBack(context, states, outcome)),
+      stage(context, "results", () => fetchResults(context, outcome)),
+      stage(context, "sync back", () => syncBack(context, states, outcome)),
     ])
+    tellChanges(context)
     report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : outcome.exitCode
     return report.exitCode
   } finally {
@@ -1913,64 +1914,155 @@ function replaceFile(file: string, content: string | Buffer): void {
 // The agent says whether a tree is what the manifest takes it for. What differs goes by rsync, from explicit
 // lists, into an empty directory beside the tree, and is put in its place when all of it is there.
 
+/** What every tree is here now, beside what it was when both sides agreed. */
+async function scanTrees(context: Context): Promise<Scanned[]> {
+  return await Promise.all(context.plan.trees.map((tree) => scanAgainst(context, tree)))
+}
+
+/** What both ways of running answer. */
+type Ran = Readonly<{ states: readonly TreeState[]; outcome: Outcome }>
+
+/** Most bytes and files of an upload that rides on the agent's channel instead of an rsync of its own. */
+const INLINE_BYTES = 48 * 1024
+const INLINE_FILES = 24
+
+/**
+ * The quick way, one round trip: where little or nothing changed, checks, small files and the command all go out
+ * together, and the agent stops at the first tree that is not as expected. Then, or where more changed, the answer is
+ * undefined, and nothing has happened.
+ */
+async function runAtOnce(context: Context, scans: readonly Scanned[]): Promise<Ran | undefined> {
+  const { plan } = context
+  const session = context.session!
+  const updates = scans.map(({ manifest, unsettled, sources }, at) =>
+    manifest && !unsettled ? updateOf(plan.trees[at]!, { manifest, sources }) : undefined,
+  )
+  if (plan.storePaths.length > 0 || !updates.every((update) => update !== undefined && isSmall(update.delta)))
+    return undefined
+  const requests = updates.flatMap((update) => {
+    const opening = openTree(context, update!.tree, {
+      manifests: [update!.agreed],
+      sources: update!.sources,
+      state: "same",
+    })
+    return [
+      opening,
+      ...(isEmpty(update!.delta)
+        ? []
+        : [
+            ...update!.delta.send.map((source) => sendInline(session, update!.tree, source)),
+            ...commitTree(context, update!),
+          ]),
+    ]
+  })
+  const running = runCommand(context, plan.trees)
+  const failed = (await Promise.allSettled([session.greeting, ...requests])).find(
+    (result) => result.status === "rejected",
+  )
+  if (!failed) {
+    const states = updates.map((update) => settle(context, update!))
+    return { states, outcome: await stage(context, "run", () => running) }
+  }
+  await running.catch(() => undefined)
+  if (!(failed.reason instanceof Unexpected)) throw failed.reason
+  await session.ask("again")
+  return undefined
+}
+
+/** The usual way: every tree is brought up to date, then the command runs. */
+async function runAfterUpload(context: Context, scans: readonly Scanned[]): Promise<Ran> {
+  const states = await stage(context, "upload", () => upload(context, scans))
+  return { states, outcome: await stage(context, "run", () => runCommand(context, context.plan.trees)) }
+}
+
 /** Brings every tree up to date; answers their agreed states. Nothing of a failed upload is put in place. */
-async function upload(context: Context): Promise<TreeState[]> {
-  const scans = context.plan.trees.map((tree) => scanAgainst(context, tree))
-  for (const scan of scans) scan.catch(() => undefined)
+async function upload(context: Context, scans: readonly Scanned[]): Promise<TreeState[]> {
   const states: TreeState[] = []
   for (const [at, tree] of context.plan.trees.entries())
-    states.push(await uploadTree(context, tree, await scans[at]!))
+    states.push(await uploadTree(context, tree, scans[at]!))
   for (const { tree } of states) if (tree.input) await context.session!.ask("input", tree.id, tree.input)
   await uploadStorePaths(context)
   return states
 }
 
-type Scanned = Readonly<{ manifest: Manifest | undefined; sources: ReadonlyMap<Name, Source> }>
+/** `unsettled`: an upload was cut off, and only the other side knows how far it came. */
+type Scanned = Readonly<{
+  manifest: Manifest | undefined
+  unsettled: Manifest | undefined
+  sources: ReadonlyMap<Name, Source>
+}>
 
 async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
-  const manifest = readManifest(manifestFile(context, tree))
-  return { manifest, sources: await scanTree(tree, manifest?.entries, context.env) }
+  const file = manifestFile(context, tree)
+  const manifest = readManifest(file)
+  return {
+    manifest,
+    unsettled: readManifest(`${file}.next`),
+    sources: await scanTree(tree, manifest?.entries, context.env),
+  }
+}
+
+/** What brings a tree from the agreed state to what it is here now, and the manifest of the state after it. */
+type Update = Readonly<{
+  tree: Tree
+  agreed: Manifest
+  sources: ReadonlyMap<Name, Source>
+  delta: Delta
+  manifest: Manifest
+}>
+
+function updateOf(tree: Tree, now: { manifest: Manifest; sources: ReadonlyMap<Name, Source> }): Update {
+  const delta = compareTrees(now.manifest.entries, now.sources)
+  const entries = new Map([...now.sources].map(([name, { entry }]) => [name, entry]))
+  const manifest = isEmpty(delta)
+    ? { ...now.manifest, entries }
+    : { token: randomName(), entries, pruned: now.manifest.pruned }
+  return { tree, agreed: now.manifest, sources: now.sources, delta, manifest }
+}
+
+const isEmpty = (delta: Delta): boolean =>
+  delta.send.length + delta.remove.length + delta.removeDirectories.length === 0
+
+/** Whether a delta may ride on the agent's channel. */
+function isSmall({ send, remove }: Delta): boolean {
+  const size = ({ root, inner }: Source) => Number(lstat(`${root}/${inner}`)?.size ?? 0n)
+  return (
+    send.length <= INLINE_FILES &&
+    remove.length <= 1000 &&
+    send.reduce((total, source) => total + size(source), 0) <= INLINE_BYTES
+  )
 }
 
 async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promise<TreeState> {
-  const file = manifestFile(context, tree)
-  const candidates = [scanned.manifest, readManifest(`${file}.next`), seedManifest(context, tree)].filter(
+  const manifests = [scanned.manifest, scanned.unsettled, seedManifest(context, tree)].filter(
     (manifest) => manifest !== undefined,
   )
-  const opened = await openTree(context, tree, {
-    pruned: scanned.manifest?.pruned ?? [],
-    tokens: candidates.flatMap(({ token, previous }) => [token, previous]),
-    sources: scanned.sources,
-  })
-  const agreed = candidates.find(({ token, previous }) => opened.token === token || opened.token === previous)
+  const opened = await openTree(context, tree, { manifests, sources: scanned.sources, state: "any" })
+  const agreed = manifests.find(({ token, previous }) => opened.token === token || opened.token === previous)
   let { sources } = scanned
-  let before = agreed?.entries ?? new Map<Name, Entry>()
+  let before: Manifest = { token: "", entries: new Map(), pruned: [], ...agreed }
   if (agreed && opened.changes.length > 0) {
-    before = await recover(context, { tree, manifest: agreed }, opened)
-    sources = await scanTree(tree, before, context.env)
+    before = { ...before, entries: await recover(context, { tree, manifest: agreed }, opened) }
+    sources = await scanTree(tree, before.entries, context.env)
   }
-  const delta = compareTrees(before, sources)
-  const entries = new Map([...sources].map(([name, { entry }]) => [name, entry]))
-  if (
-    agreed &&
-    opened.state === "same" &&
-    delta.send.length + delta.remove.length + delta.removeDirectories.length === 0
-  ) {
-    const manifest = { ...agreed, entries }
-    if ([...entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity))
-      writeManifest(file, manifest)
-    return { tree, manifest }
-  }
-  if (delta.send.length > 0) await sendFiles(context, tree, delta)
-  const manifest = {
-    token: randomName(),
-    entries: distrustMoved(entries, delta.send),
-    pruned: agreed?.pruned ?? [],
-  }
-  writeManifest(`${file}.next`, manifest)
-  await commitTree(context, tree, { delta, token: manifest.token, sources })
-  fs.renameSync(`${file}.next`, file)
-  return { tree, manifest }
+  const update = updateOf(tree, { manifest: before, sources })
+  if (isEmpty(update.delta) && opened.state === "same") return settle(context, update)
+  const whole = { ...update, manifest: { ...update.manifest, token: randomName(), previous: undefined } }
+  if (whole.delta.send.length > 0) await sendFiles(context, tree, whole.delta)
+  await Promise.all(commitTree(context, whole))
+  return settle(context, whole)
+}
+
+/** An update that the other side has confirmed becomes the agreed state. */
+function settle(context: Context, update: Update): TreeState {
+  const { tree, agreed, manifest } = update
+  const file = manifestFile(context, tree)
+  if (manifest.token !== agreed.token) fs.renameSync(`${file}.next`, file)
+  else if (
+    [...manifest.entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity)
+  )
+    writeManifest(file, manifest)
+  return { tree, manifest: readManifest(file) ?? manifest }
 }
 
 /**
@@ -1987,32 +2079,32 @@ type Opened = Readonly<{
 async function openTree(
   context: Context,
   tree: Tree,
-  known: {
-    pruned: readonly Name[]
-    tokens: readonly (string | undefined)[]
-    sources: ReadonlyMap<Name, Source>
-  },
+  known: { manifests: readonly Manifest[]; sources: ReadonlyMap<Name, Source>; state: "same" | "any" },
 ): Promise<Opened> {
   const [root, only] = remoteRootOf(tree)
   const nested = context.plan.trees.filter(
     (other) => other !== tree && other.kind === "directory" && isWithin(other.local, tree.local),
   )
-  const pruned = [...known.pruned, ...nested.map((other) => bytes(path.relative(tree.local, other.local)))]
+  const pruned = [
+    ...(known.manifests[0]?.pruned ?? []),
+    ...nested.map((other) => bytes(path.relative(tree.local, other.local))),
+  ]
   const patterns = pruned
     .filter((name) => !name.includes("\n"))
     .map((name) => `./${name.replace(/[*?[\\]/g, "\\$&")}\n`)
-  const tokens = known.tokens.filter((token) => token !== undefined).join(" ")
-  const prefixes = [...new Set([...known.sources.values()].map(prefixOf))].join("\n")
-  const answer = await context.session!.askBytes(
-    "tree",
+  const tokens = known.manifests.flatMap(({ token, previous }) => (previous ? [token, previous] : [token]))
+  const prefixes = [...new Set([...known.sources.values()].map(prefixOf))]
+  const words = [
     tree.id,
     root,
     bytes(only),
     patterns.join(""),
-    tokens,
-    prefixes,
+    tokens.join(" "),
+    prefixes.join("\n"),
     context.plan.seed,
-  )
+    known.state,
+  ]
+  const answer = await context.session!.askBytes("tree", ...words)
   const state = answer.find((line) => line.startsWith("s "))!.split(" ")
   return {
     state: state[1] as Opened["state"],
@@ -2060,6 +2152,12 @@ export function rsyncArguments(host: Host, ssh: readonly string[], from: string,
 
 /** Carries files into the empty directory beside the tree: one rsync for each directory they are read from. */
 async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<void> {
+  const { name: host, destination } = context.plan.host
+  if (!(await context.session!.greeting).has("rsync yes"))
+    throw new EdictError(
+      `no rsync on ${host}`,
+      `install rsync there, e.g. ssh ${destination} nix profile install nixpkgs#rsync`,
+    )
   const groups = Map.groupBy(delta.send, (source) => JSON.stringify([source.root, prefixOf(source)]))
   await Promise.all(
     [...groups].map(async ([key, sources]) => {
@@ -2090,23 +2188,39 @@ function distrustMoved(entries: ReadonlyMap<Name, Entry>, sent: readonly Source[
   return result
 }
 
-/** Has the agent put an upload in its place. */
-async function commitTree(
-  context: Context,
-  tree: Tree,
-  upload: { delta: Delta; token: string; sources: ReadonlyMap<Name, Source> },
-): Promise<void> {
-  const { session } = context
+/** Sends one small file, link or directory in a request. */
+async function sendInline(session: Session, tree: Tree, { root, inner, name, entry }: Source): Promise<void> {
+  const file = `${root}/${inner}`
+  const content =
+    entry.type === "directory"
+      ? ""
+      : entry.type === "link"
+        ? fs.readlinkSync(buffer(file), { encoding: "buffer" }).toString("latin1")
+        : fs.readFileSync(buffer(file)).toString("latin1")
+  const seconds = String((lstat(file)?.mtimeNs ?? 0n) / 1_000_000_000n)
+  await session.askBytes("file", tree.id, entry.type, entry.mode.toString(8), seconds, name, content)
+}
+
+/** Has the agent put an upload in its place; the manifest of the state after it waits until that is confirmed. */
+function commitTree(context: Context, update: Update): Promise<unknown>[] {
+  const { tree, delta, manifest } = update
+  const session = context.session!
+  writeManifest(`${manifestFile(context, tree)}.next`, {
+    ...manifest,
+    entries: distrustMoved(manifest.entries, delta.send),
+  })
   const zeroed = (names: readonly Name[]) => names.map((name) => `./${name}\0`).join("")
-  const requests = []
-  if (upload.delta.remove.length > 0)
-    requests.push(session!.askBytes("list", tree.id, "remove", zeroed(upload.delta.remove)))
-  if (upload.delta.removeDirectories.length > 0)
-    requests.push(session!.askBytes("list", tree.id, "rmdir", zeroed(upload.delta.removeDirectories)))
-  // Nix takes the newest mtime of a `path:` flake, directories included, for lastModified.
-  if (tree.kind === "directory")
-    requests.push(session!.ask("list", tree.id, "newest", newestOf(tree, upload.sources)))
-  await Promise.all([...requests, session!.ask("commit", tree.id, upload.token)])
+  return [
+    ...(delta.remove.length > 0 ? [session.askBytes("list", tree.id, "remove", zeroed(delta.remove))] : []),
+    ...(delta.removeDirectories.length > 0
+      ? [session.askBytes("list", tree.id, "rmdir", zeroed(delta.removeDirectories))]
+      : []),
+    // Nix takes the newest mtime of a `path:` flake, directories included, for lastModified.
+    ...(tree.kind === "directory"
+      ? [session.ask("list", tree.id, "newest", newestOf(tree, update.sources))]
+      : []),
+    session.ask("commit", tree.id, manifest.token),
+  ]
 }
 
 /** The newest mtime of a tree in seconds since 1970, its root included. */
@@ -2139,6 +2253,7 @@ async function uploadStorePaths(context: Context): Promise<void> {
 /** How the command ended, and what the agent saw of its doing. */
 type Outcome = Readonly<{
   exitCode: number
+  closure: readonly string[] // of the results that were not known to be here
   links: readonly ResultLink[]
   changes: ReadonlyMap<string, readonly Change[]>
   git: ReadonlyMap<string, GitChanges>
@@ -2149,26 +2264,23 @@ type Outcome = Readonly<{
  * Runs the command with our standard streams. The agent's answer holds the exit code: ssh's own 255 could be
  * the command's, too.
  */
-async function runCommand(context: Context, states: readonly TreeState[]): Promise<Outcome> {
-  const { plan, session } = context
-  const id = context.run
-  const watched = states.map(({ tree }) => `${tree.id} ${tree.comesHome}\n`)
-  const directories = plan.linkDirectories.map(({ remote }) => `${remote}\n`)
-  const answer = session!.ask(
+async function runCommand(context: Context, trees: readonly Tree[]): Promise<Outcome> {
+  const { plan } = context
+  const session = context.session!
+  const watched = trees.map((tree) => `${tree.id} ${tree.comesHome}\n`).join("")
+  const directories = plan.linkDirectories.map(({ remote }) => `${remote}\n`).join("")
+  const answer = session.ask(
     "run",
-    id,
-    plan.host.directory,
     COMMAND_SCRIPT,
-    watched.join(""),
-    directories.join(""),
+    watched,
+    directories,
+    knownResults(plan).join(" "),
     ...encodeCommand(plan),
   )
-  const terminal = wantsTerminal(plan.options)
-  const argv = [...sshArguments(context, terminal ? "-t" : "-T"), commandLine(plan.host.directory, id)]
   context.running = true
-  const beat = setInterval(() => session!.tell("alive"), 3000)
+  const beat = setInterval(() => session.tell("alive"), 3000)
   try {
-    const ended = foreground(context, argv, { detached: context.multiplexed && !terminal })
+    const ended = openCommandChannel(context)
     const report = await Promise.race([answer, ended.then((code) => lateAnswer(context, answer, code))])
     await ended
     return parseReport(report, plan)
@@ -2176,6 +2288,31 @@ async function runCommand(context: Context, states: readonly TreeState[]): Promi
     clearInterval(beat)
     context.running = false
   }
+}
+
+/** The channel of the command's standard streams; opened once, it waits over there for what it is to run. */
+function openCommandChannel(context: Context): Promise<number> {
+  const { plan } = context
+  const terminal = wantsTerminal(plan.options)
+  const argv = [
+    ...sshArguments(context, terminal ? "-t" : "-T"),
+    commandLine(plan.host.directory, context.run),
+  ]
+  return (context.channel ??= foreground(context, argv, { detached: context.multiplexed && !terminal }))
+}
+
+/** Store paths that result links here lead to: their closures need not be named again. */
+function knownResults(plan: Plan): string[] {
+  const directories = [plan.cwd.local, ...plan.linkDirectories.map(({ local }) => local)]
+  const namesIn = (directory: string) => (fs.existsSync(directory) ? fs.readdirSync(directory) : [])
+  const links = directories.flatMap((directory) =>
+    namesIn(directory)
+      .filter((name) => name.startsWith("result"))
+      .map((name) => linkText(path.join(directory, name))),
+  )
+  return [...new Set(links)].filter(
+    (target): target is string => target !== undefined && isStorePath(target) && fs.existsSync(target),
+  )
 }
 
 /** The command's ssh has ended: the agent's answer follows within seconds, or the connection is gone. */
@@ -2229,7 +2366,8 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
   )
   const links = answer.slice(0, end).flatMap((line, at) => {
     const found = /^l (\d+) (.*)$/s.exec(line)
-    const directory = found && plan.linkDirectories[Number(found[1]) - 1]
+    if (!found || found[2]!.includes("/") || unsafeName(found[2]!) !== undefined) return []
+    const directory = plan.linkDirectories[Number(found[1]) - 1]
     return directory
       ? [{ link: path.join(directory.local, text(found[2]!)), target: answer[at + 1]!.slice(1) }]
       : []
@@ -2237,14 +2375,22 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
   const inTrees = plan.trees
     .filter((tree) => tree.comesHome === "all")
     .flatMap((tree) =>
-      (changes.get(tree.id) ?? []).filter(isStoreLink).map((change) => ({
-        link: path.join(rootHere(tree), text(change.name)),
-        target: text(change.target!),
-      })),
+      (changes.get(tree.id) ?? [])
+        .filter(
+          (change) =>
+            isStoreLink(change) &&
+            unsafeName(change.name) === undefined &&
+            parentProblem(bytes(rootHere(tree)), change.name) === undefined,
+        )
+        .map((change) => ({
+          link: path.join(rootHere(tree), text(change.name)),
+          target: text(change.target!),
+        })),
     )
   const code = answer.find((line) => line.startsWith("x "))?.slice(2)
   return {
-    exitCode: Number(code ?? EDICT_FAILED),
+    closure: answer.filter((line) => line.startsWith("c ")).map((line) => line.slice(2)),
+    exitCode: /^\d{1,3}$/.test(code ?? "") ? Number(code) : EDICT_FAILED,
     links: [...links, ...inTrees].filter(({ target }) => isStorePath(target)),
     changes,
     git: new Map(
@@ -2322,7 +2468,8 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
     return
   }
   const targets = [...new Set(outcome.links.map(({ target }) => target))]
-  if ((await invalidHere(targets)).length > 0) await fetchClosures(context, targets)
+  if ((await invalidHere(targets)).length > 0)
+    await fetchClosures(context, { targets, paths: outcome.closure })
   const blocked: EdictError[] = []
   for (const { link, target } of outcome.links) {
     const text = linkText(link)
@@ -2359,16 +2506,13 @@ async function invalidHere(paths: readonly string[]): Promise<string[]> {
 }
 
 /** Brings the closures of store paths from the host: streamed where this user is trusted, else with signatures. */
-async function fetchClosures(context: Context, targets: readonly string[]): Promise<void> {
+async function fetchClosures(
+  context: Context,
+  closure: { targets: readonly string[]; paths: readonly string[] },
+): Promise<void> {
   const { plan } = context
-  const closure = await execute(context, [...sshArguments(context), BOOT_LINE], {
-    input: Buffer.from(
-      `${encodeScript(`${REMOTE_PATH}exec nix-store --query --requisites ${targets.join(" ")}`)}\n`,
-    ),
-    what: "closure of the result",
-  })
-  const paths = lines(closure)
-  const odd = paths.find((line) => !isStorePath(line))
+  const { targets, paths } = closure
+  const odd = [...targets, ...paths].find((line) => !isStorePath(line))
   if (odd !== undefined) throw new EdictError(`${plan.host.name} named ${shown(odd)} as a store path`)
   const missing = await invalidHere(paths)
   if (missing.length === 0) return
@@ -2441,7 +2585,6 @@ async function syncBack(context: Context, states: readonly TreeState[], outcome:
     if (gitChanges && state.tree.comesHome === "all") await bringCommitsHome(context, state.tree, gitChanges)
     context.session!.tell("agreed", state.tree.id, manifest.token)
   }
-  tellChanges(context)
 }
 
 /** What came home and what did not, at the end of a run. */
@@ -3167,7 +3310,7 @@ trap '' PIPE HUP
 ${REMOTE_PATH}
 LC_ALL=C
 export LC_ALL
-broken= run= started= base=
+broken= run= started= base= reporter=
 soh=$(printf '\001')
 ${REMOTE_DECODE}
 say() { printf '%s\n' "$*"; }
@@ -3295,14 +3438,15 @@ do_hello() {
   done
   finder=stat
   if find --version 2>/dev/null | grep -q GNU; then finder=gnu; elif ! stat -c %i / >/dev/null 2>&1; then finder=bsd; fi
-  mkdir -p "$base/meta" "$2/run" || { why="cannot write to $base"; return 1; }
+  run=$2/run/$3
+  mkdir -p "$base/meta" "$run" || { why="cannot write to $base"; return 1; }
   expire "$2"
   say "f home $HOME"
   say "f base $base"
   for tool in rsync git nix; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
 }
 
-# tree ID PATH ONLY PRUNE TOKENS PREFIXES SEED: is the tree over there what this side takes it for?
+# tree ID PATH ONLY PRUNE TOKENS PREFIXES SEED STATE: is the tree what the other side takes it for?
 do_tree() {
   mkdir -p "$base/meta/$1" || { why="cannot write to $base"; return 1; }
   word "$3"; printf '%s\n%s\n' "$2" "$decoded" >"$base/meta/$1/path"
@@ -3320,6 +3464,7 @@ word "$6"
   if [ -n "$token" ] && [ -n "$known" ] && { [ -n "$only" ] || [ "$(ls -di "$tree")" = "$(cat "$meta/root" 2>/dev/null)" ]; }; then
     list >"$meta/now" || { why="cannot list $tree"; return 1; }
     if cmp -s "$meta/base" "$meta/now"; then say "s same $token"; return 0; fi
+    [ "$8" = any ] || { why=unexpected; return 1; }
     case $(cat "$meta/running" 2>/dev/null) in
       '') say "s drifted $token" ;;
       all) say "s interrupted $token" ;;
@@ -3328,6 +3473,7 @@ word "$6"
     differences "$meta/base" "$meta/now" && git_differences
     return
   fi
+  [ "$8" = any ] || { why=unexpected; return 1; }
   if [ -n "$only" ]; then [ ! -e "$tree/$only" ] || aside "$tree/$only"; else rmdir "$tree" 2>/dev/null || aside "$tree"; mkdir -p "$tree"; fi || return 1
   rm -f "$meta/token" "$meta/base" "$meta/git"
   word "$7"
@@ -3343,6 +3489,20 @@ word "$6"
 
 # list ID NAME WORD: one of the lists that commit works on
 do_list() { select_tree "$1" && printf '%b' "$3" >"$meta/$2"; }
+
+# file ID TYPE MODE SECONDS NAME CONTENT: a small part of an upload
+do_file() {
+  select_tree "$1" || return 1
+  word "$5"
+  file=$meta/in/$decoded
+  why="cannot write to $meta"
+  mkdir -p "$\{file%/*}" || return 1
+  case $2 in
+    directory) mkdir -p "$file" ;;
+    link) word "$6"; ln -s "$decoded" "$file" ;;
+    *) { [ "$6" = - ] || printf '%b' "$6"; } >"$file" && chmod "$3" "$file" && { touch -d "@$4" "$file" 2>/dev/null || :; } ;;
+  esac
+}
 
 # commit ID TOKEN: the upload is whole, put it in its place
 do_commit() {
@@ -3381,23 +3541,27 @@ report() {
     say "d $id"
     if list >"$meta/after"; then differences "$meta/base" "$meta/after" && git_differences; else say "e cannot list $tree"; fi
   done <"$run/watched"
-  say .ok
 }
 
-# run ID SCRIPT WATCHED DIRECTORIES WORD…: hand the command to the other channel, answer when it has ended
+# What the results need, but for results that are there already.
+closures() {
+  sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" | sort -u | grep -vxF -f "$run/known" | xargs nix-store --query --requisites 2>/dev/null | sed 's/^/c /'
+}
+
+# run SCRIPT WATCHED DIRECTORIES KNOWN WORD…: hand the command to the other channel, answer when it has ended
 do_run() {
-  run=$2/run/$1
-  mkdir -p "$run" && mkfifo "$run/done" || { why="cannot write to $run"; return 1; }
-  [ -p "$run/go" ] || mkfifo "$run/go" 2>/dev/null || [ -p "$run/go" ]
-  word "$3"; script=$decoded
-  word "$4"; printf '%s' "$decoded" >"$run/watched"
-  word "$5"; printf '%s' "$decoded" | while IFS= read -r d; do case $d in /*) ;; *) d=$HOME/$d ;; esac; mkdir -p "$d"; printf '%s\n' "$d"; done >"$run/directories"
-  shift 5
+  mkfifo "$run/done" || { why="cannot write to $run"; return 1; }
+  [ -p "$run/go" ] || mkfifo "$run/go" 2>/dev/null || [ -p "$run/go" ] || { why="cannot write to $run"; return 1; }
+  word "$1"; script=$decoded
+  word "$2"; printf '%s' "$decoded" >"$run/watched"
+  word "$3"; printf '%s' "$decoded" | while IFS= read -r d; do case $d in /*) ;; *) d=$HOME/$d ;; esac; mkdir -p "$d"; printf '%s\n' "$d"; done >"$run/directories"
+  word "$4"; printf '%s\n' $decoded >"$run/known"
+  shift 4
   printf '%s\n' "$@" >"$run/words"
   links >"$run/links.before"
   while read -r id home; do printf '%s\n' "$home" >"$base/meta/$id/running"; done <"$run/watched"
   started=1
-  { printf 'run=%s\n%s\n' "$run" "$script" >"$run/go"; report; true >"$run/reported"; } &
+  { printf 'run=%s\n%s\n' "$run" "$script" >"$run/go"; report >"$run/report"; cat "$run/report"; closures; true >"$run/reported"; say .ok; } &
   reporter=$!
   (exec </dev/null >/dev/null 2>&1; watchdog) &
 }
@@ -3445,8 +3609,9 @@ while IFS= read -r line; do
     alive) [ -z "$run" ] || true >"$run/alive" ;;
     signal) do_signal "$@" 2>/dev/null ;;
     agreed) do_agreed "$@" ;;
-    run) [ -z "$broken" ] && { do_run "$@" || { broken=1; say ".fail ${"$"}why"; }; } ;;
-    hello | tree | list | commit | input | missing)
+    run) if [ -n "$broken" ]; then say ".fail an earlier step failed"; else do_run "$@" || { broken=1; say ".fail $why"; }; fi ;;
+    again) broken=; say .ok ;;
+    hello | tree | list | file | commit | input | missing)
       why="$verb failed"
       if [ -n "$broken" ]; then say ".fail an earlier step failed"; elif "do_$verb" "$@"; then say .ok; else broken=1; say ".fail $why"; fi ;;
     *) say ".fail unknown request" ;;
@@ -3454,12 +3619,11 @@ while IFS= read -r line; do
 done
 
 # The other side is gone, or done. Whatever still runs for it ends.
-if [ -n "$started" ]; then
+if [ -n "$run" ]; then
+  if [ -e "$run/reported" ]; then rm -rf "$run"; exit 0; fi
   true >"$run/gone"
-  if [ ! -e "$run/reported" ]; then
-    stop_command
-    (printf 'exit 254\n' >"$run/go") & sleep 1; kill "$!" "$reporter" 2>/dev/null
-  fi
+  [ -z "$started" ] || stop_command
+  (printf 'exit 254\n' >"$run/go") & sleep 1; kill "$!" "$reporter" 2>/dev/null
   rm -f "$run/go" "$run/done" "$run/words" "$run/pid" "$run/alive"
 fi
 `
@@ -3534,8 +3698,9 @@ type Session = Readonly<{
   ask: (verb: string, ...words: string[]) => Promise<string[]> // data lines of the answer; throws EdictError
   askBytes: (verb: string, ...words: string[]) => Promise<string[]> // the same, each character of a word one byte
   tell: (verb: string, ...words: string[]) => void // needs no answer
-  close: () => Promise<void>
+  close: () => void // ends the agent's input; it winds up by itself
   child: Killable
+  greeting: Promise<ReadonlySet<string>> // what is over there
 }>
 
 type Killable = Readonly<{ kill: (signal: NodeJS.Signals) => void }>
@@ -3549,6 +3714,7 @@ type Context = {
   readonly control: string // path of the multiplexing socket, "" without
   readonly children: Set<Killable>
   multiplexed: boolean
+  channel?: Promise<number> // of the command: ends with its ssh
   session?: Session
   running: boolean
 }
@@ -3577,7 +3743,11 @@ async function openSession(context: Context): Promise<Session> {
       else if (line.startsWith(".fail "))
         waiting
           .shift()
-          ?.reject(new EdictError(`${plan.host.name}: ${shown(line.slice(6))}${because(child.errors())}`))
+          ?.reject(
+            line === ".fail unexpected"
+              ? new Unexpected(line)
+              : new EdictError(`${plan.host.name}: ${shown(line.slice(6))}${because(child.errors())}`),
+          )
       else first?.lines.push(line)
     }
   })
@@ -3600,34 +3770,28 @@ async function openSession(context: Context): Promise<Session> {
       if (plan.options.verbosity > 1) say(`> ${verb} ${words.map((word) => shortened(word)).join(" ")}`)
       send([verb, ...words].join(" "))
     })
-  const session: Session = {
+  const session = {
     child: child.handle,
-    ask: (verb, ...words) =>
+    ask: (verb: string, ...words: string[]) =>
       request(
         verb,
         words.map((word) => encodeWord(word)),
       ),
-    askBytes: (verb, ...words) =>
+    askBytes: (verb: string, ...words: string[]) =>
       request(
         verb,
         words.map((word) => encodeWord(word, "latin1")),
       ),
-    tell: (verb, ...words) =>
+    tell: (verb: string, ...words: string[]) =>
       void (ended ?? send([verb, ...words.map((word) => encodeWord(word))].join(" "))),
-    close: async () => {
-      child.endInput()
-      await Promise.race([end, delay(2000)])
-    },
+    close: () => child.letGo(),
   }
   send(encodeScript(AGENT_SCRIPT))
-  const greeting = await session.ask("hello", plan.root, plan.host.directory)
-  const facts = new Set(greeting.filter((line) => line.startsWith("f ")).map((line) => line.slice(2)))
-  if (plan.trees.length > 0 && !facts.has("rsync yes"))
-    throw new EdictError(
-      `no rsync on ${plan.host.name}`,
-      `install rsync there, e.g. ssh ${plan.host.destination} nix profile install nixpkgs#rsync`,
-    )
-  return session
+  const greeting = session
+    .ask("hello", plan.root, plan.host.directory, context.run)
+    .then((answer) => new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2))))
+  greeting.catch(() => undefined)
+  return { ...session, greeting }
 }
 
 // ── 17. Ssh: one connection, and what its failures mean ─────────────────────────────────────────────────
@@ -3862,7 +4026,7 @@ async function foreground(
 type Child = Readonly<{
   handle: Killable
   write: (text: string) => void
-  endInput: () => void
+  letGo: () => void // ends its input, and this program does not wait for it any more
   onOutput: (take: (chunk: string) => void) => void
   errors: () => string
   ended: Promise<number>
@@ -3887,7 +4051,12 @@ async function start(context: Context, argv: readonly string[], how: { detached:
   return {
     handle: child,
     write: (text) => void process_.stdin.write(Buffer.from(text, "latin1")),
-    endInput: () => void process_.stdin.end(),
+    letGo: () => {
+      process_.stdin.end()
+      process_.child?.unref()
+      for (const stream of [process_.stdout, process_.stderr])
+        (stream as unknown as { unref?: () => void }).unref?.()
+    },
     onOutput: (take) => void process_.stdout.on("data", (chunk: Buffer) => take(chunk.toString("latin1"))),
     errors: () => Buffer.concat(stderr).toString("utf8"),
     ended,
@@ -3964,17 +4133,15 @@ async function stage<T>(context: Context, name: string, work: () => Promise<T>):
   }
 }
 
-/** Runs all of these in turn; answers the first error that a user can mend. */
-async function firstTrouble(steps: readonly (() => Promise<void>)[]): Promise<EdictError | undefined> {
-  const errors: EdictError[] = []
-  for (const step of steps) {
-    await step().catch((error: unknown) => {
-      if (!(error instanceof EdictError)) throw error
-      if (errors.length > 0) tell(error)
-      errors.push(error)
-    })
-  }
-  return errors[0]
+/** Waits for all of these; answers the first error that a user can mend, and tells the others. */
+async function firstTrouble(steps: readonly Promise<void>[]): Promise<EdictError | undefined> {
+  const errors = (await Promise.allSettled(steps)).flatMap((result) =>
+    result.status === "rejected" ? [result.reason as unknown] : [],
+  )
+  const bug = errors.find((error) => !(error instanceof EdictError))
+  if (bug) throw bug
+  for (const error of errors.slice(1)) tell(error)
+  return errors[0] as EdictError | undefined
 }
 
 async function startContext(plan: Plan, env: Env, report: Report): Promise<Context> {
@@ -3998,7 +4165,7 @@ async function startContext(plan: Plan, env: Env, report: Report): Promise<Conte
 async function endContext(context: Context): Promise<void> {
   const { report, plan } = context
   for (const child of context.children) if (child !== context.session?.child) child.kill("SIGTERM")
-  await context.session?.close()
+  context.session?.close()
   if (plan.options.report) fs.writeFileSync(plan.options.report, `${JSON.stringify(report, null, 2)}\n`)
 }
 // ── 19. Files, messages and errors ──────────────────────────────────────────────────────────────────────
@@ -4273,6 +4440,8 @@ export class EdictError extends Error {
   }
 }
 export class UsageError extends EdictError {}
+/** A tree over there is not as the manifest has it. */
+class Unexpected extends EdictError {}
 
 /** One line for an error; a bug keeps its stack. Answers the exit code. */
 export function tell(error: unknown): number {
