@@ -95,6 +95,9 @@ export type Host = Readonly<{
   directory: string // where trees live over there, relative to the home directory or absolute
   env: Readonly<Record<string, string>>
   requireSignatures: boolean
+  import?: "sudo" // paths come in through sudo nix-store --import
+  compress: boolean | "auto"
+  substitute: boolean // ask the substituters here before the host
   systems: readonly string[]
   features: readonly string[]
   speed: number
@@ -403,6 +406,9 @@ export type HostConfig = Readonly<{
   forwardAgent: boolean
   env: Readonly<Record<string, string>>
   requireSignatures: boolean
+  import?: "sudo" // paths come in through sudo nix-store --import
+  compress: boolean | "auto"
+  substitute: boolean // ask the substituters here before the host
 }>
 export type Config = Readonly<{
   file: string
@@ -429,6 +435,11 @@ const CHECKS = {
       Object.entries(value).every(([key, text]) => /^[A-Za-z_]\w*$/.test(key) && typeof text === "string"),
   },
   hosts: { allowed: "a table", check: isTable },
+  import: { allowed: '"sudo"', check: (value: unknown) => value === "sudo" },
+  compress: {
+    allowed: 'true, false or "auto"',
+    check: (value: unknown) => typeof value === "boolean" || value === "auto",
+  },
   directory: {
     allowed: "a path of letters, digits, . _ / -, absolute or below ~/",
     check: (value: unknown) =>
@@ -451,6 +462,9 @@ const HOST_KEYS: Readonly<Record<string, Check>> = {
   "forward-agent": "flag",
   env: "table",
   "require-signatures": "flag",
+  import: "import",
+  compress: "compress",
+  substitute: "flag",
 }
 
 function isTable(value: unknown): value is Record<string, unknown> {
@@ -516,6 +530,9 @@ function hostConfig(table: Record<string, unknown>): HostConfig {
     forwardAgent: table["forward-agent"] === true,
     env: (table.env as Record<string, string> | undefined) ?? {},
     requireSignatures: table["require-signatures"] === true,
+    import: table.import as "sudo" | undefined,
+    compress: (table.compress as boolean | "auto" | undefined) ?? "auto",
+    substitute: table.substitute === true,
   }
 }
 
@@ -557,6 +574,9 @@ export function chooseHost(config: Config, invocation: Invocation, env: Env): Ho
     directory: (settings.directory ?? DEFAULT_DIRECTORY).replace(/^~\//, "").replace(/\/+$/, ""),
     env: settings.env,
     requireSignatures: settings.requireSignatures,
+    import: settings.import,
+    compress: settings.compress,
+    substitute: settings.substitute,
     systems: settings.systems,
     features: settings.features,
     speed: settings.speed,
@@ -2163,13 +2183,26 @@ async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<vo
     [...groups].map(async ([key, sources]) => {
       const [root, prefix] = JSON.parse(key) as [string, string]
       const input = Buffer.from(sources.map(({ inner }) => `${inner}\0`).join(""), "latin1")
-      const argv = rsyncArguments(
+      const [command, ...options] = rsyncArguments(
         context.plan.host,
         sshProgram(context),
         `${text(root)}/`,
         incomingOf(context.plan, tree) + text(prefix),
       )
-      await execute(context, argv, { input, what: `upload of ${shown(tree.local)}` })
+      const progress = startProgress(
+        context,
+        "files",
+        sources.map((source) => Number(lstat(`${source.root}/${source.inner}`)?.size ?? 0n)),
+      )
+      const counting =
+        progress.counter && (await capture(["rsync", "--version"], "may-fail")).includes("version 3.")
+          ? ["--info=progress2"]
+          : []
+      await execute(context, [command!, ...counting, ...options], {
+        input,
+        what: `upload of ${shown(tree.local)}`,
+        onOutput: progress.read,
+      }).finally(progress.end)
     }),
   )
 }
@@ -2253,7 +2286,7 @@ async function uploadStorePaths(context: Context): Promise<void> {
 /** How the command ended, and what the agent saw of its doing. */
 type Outcome = Readonly<{
   exitCode: number
-  closure: readonly string[] // of the results that were not known to be here
+  closure: readonly StorePath[] // of the results that were not known to be here
   links: readonly ResultLink[]
   changes: ReadonlyMap<string, readonly Change[]>
   git: ReadonlyMap<string, GitChanges>
@@ -2389,7 +2422,10 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
     )
   const code = answer.find((line) => line.startsWith("x "))?.slice(2)
   return {
-    closure: answer.filter((line) => line.startsWith("c ")).map((line) => line.slice(2)),
+    closure: answer.flatMap((line) => {
+      const found = /^c (\d+) (.*)$/s.exec(line)
+      return found ? [{ path: found[2]!, size: Number(found[1]) }] : []
+    }),
     exitCode: /^\d{1,3}$/.test(code ?? "") ? Number(code) : EDICT_FAILED,
     links: [...links, ...inTrees].filter(({ target }) => isStorePath(target)),
     changes,
@@ -2505,53 +2541,164 @@ async function invalidHere(paths: readonly string[]): Promise<string[]> {
   return lines(await capture(["nix-store", "--check-validity", "--print-invalid", ...paths]))
 }
 
-/** Brings the closures of store paths from the host: streamed where this user is trusted, else with signatures. */
+type StorePath = Readonly<{ path: string; size: number }> // size of its NAR in bytes, 0 if not known
+
+/** Brings closures here: what the substitutes here have from there, the rest from the host in one stream. */
 async function fetchClosures(
   context: Context,
-  closure: { targets: readonly string[]; paths: readonly string[] },
+  closure: { targets: readonly string[]; paths: readonly StorePath[] },
 ): Promise<void> {
-  const { plan } = context
-  const { targets, paths } = closure
-  const odd = [...targets, ...paths].find((line) => !isStorePath(line))
-  if (odd !== undefined) throw new EdictError(`${plan.host.name} named ${shown(odd)} as a store path`)
-  const missing = await invalidHere(paths)
-  if (missing.length === 0) return
-  if (!plan.host.requireSignatures && (await isTrustedHere())) {
-    const script = `${REMOTE_PATH}exec nix-store --export ${missing.join(" ")}`
-    await execute(context, pipeline([...sshArguments(context), BOOT_LINE], ["nix-store", "--import"]), {
-      input: Buffer.from(`${encodeScript(script)}\n`),
-      what: "retrieval of the result",
-    })
-    return
+  const { host } = context.plan
+  const named = closure.paths.length > 0 ? closure.paths : await askClosure(context, closure.targets)
+  const odd = [...closure.targets, ...named.map(({ path }) => path)].find((line) => !isStorePath(line))
+  if (odd !== undefined) throw new EdictError(`${host.name} named ${shown(odd)} as a store path`)
+  const sizes = new Map(named.map(({ path, size }) => [path, size]))
+  let missing = await invalidHere([...sizes.keys()])
+  if (host.substitute && missing.length > 0) {
+    await capture(["nix-store", "--realise", "--keep-going", ...missing], "may-fail")
+    missing = await invalidHere(missing)
   }
-  const environment = ["env", `NIX_SSHOPTS=${sshProgram(context).slice(1).join(" ")}`]
-  await execute(
+  if (missing.length === 0) return
+  const way = await chooseWay(context, missing)
+  const progress = startProgress(
     context,
-    [
-      ...environment,
-      "nix",
-      "--extra-experimental-features",
-      "nix-command",
-      "copy",
-      "--from",
-      `ssh://${plan.host.destination}`,
-      ...targets,
-    ],
-    { what: "retrieval of the result" },
+    "store paths",
+    missing.map((path) => sizes.get(path) ?? 0),
+  )
+  try {
+    if (way === "signed") await copySigned(context, closure.targets)
+    else await streamPaths(context, { way, missing, progress })
+  } finally {
+    progress.end()
+  }
+}
+
+/** The closure of store paths, asked of the host. */
+async function askClosure(context: Context, targets: readonly string[]): Promise<StorePath[]> {
+  const script = `${REMOTE_PATH}exec nix-store --query --requisites ${targets.filter(isStorePath).join(" ")}`
+  const answer = await execute(context, [...sshArguments(context), BOOT_LINE], {
+    input: Buffer.from(`${encodeScript(script)}\n`),
+    what: "closure of the result",
+  })
+  return lines(answer).map((path) => ({ path, size: 0 }))
+}
+
+/** One export over there, one import here: the same few round trips for one path and for a thousand. */
+async function streamPaths(
+  context: Context,
+  work: { way: "stream" | "sudo"; missing: readonly string[]; progress: Progress },
+): Promise<void> {
+  const { way, missing, progress } = work
+  const compress = await chooseCompression(context)
+  const script = `${REMOTE_PATH}nix-store --export ${missing.join(" ")}${compress ? ` | ${compress} -1 -c` : ""}`
+  const stages = [
+    [...sshArguments(context), BOOT_LINE],
+    ...(compress ? [[compress, "-d", "-c"]] : []),
+    ...(progress.counter ? [progress.counter] : []),
+    [...(way === "sudo" ? ["sudo"] : []), "nix-store", "--import"],
+  ]
+  await execute(context, pipeline(...stages), {
+    input: Buffer.from(`${encodeScript(script)}\n`),
+    what: "retrieval of the result",
+    onErrors: progress.read,
+  })
+}
+
+/** \`nix copy\` asks for path after path, but it carries signatures, and a store that trusts nobody takes no others. */
+async function copySigned(context: Context, targets: readonly string[]): Promise<void> {
+  const facts = await context.session!.greeting
+  const program = [...facts].find((fact) => fact.startsWith("store "))?.slice("store ".length)
+  const from = `ssh://${context.plan.host.destination}${program && /^[A-Za-z0-9._/-]+$/.test(program) ? `?remote-program=${program}` : ""}`
+  const environment = ["env", `NIX_SSHOPTS=${sshProgram(context).slice(1).join(" ")}`]
+  await execute(context, [...environment, ...NIX_COMMAND, "copy", "--from", from, ...targets], {
+    what: "retrieval of the result",
+  })
+}
+
+const NIX_COMMAND = ["nix", "--extra-experimental-features", "nix-command"]
+
+/**
+ * How missing paths may come: streamed, where this user is trusted by the store here (or through sudo, where the
+ * config says so), else with signatures. Found out before anything is transferred: the daemon refuses unsigned paths
+ * only after it has read them (Nix issue 1761).
+ */
+async function chooseWay(
+  context: Context,
+  missing: readonly string[],
+): Promise<"stream" | "sudo" | "signed"> {
+  const { host } = context.plan
+  if (!host.requireSignatures && host.import === "sudo") return "sudo"
+  if (!host.requireSignatures && (await isTrustedHere(context.env))) return "stream"
+  const settings = await settingsHere()
+  if (!host.requireSignatures && settings["require-sigs"] === false) return "signed"
+  const keys = new Set(
+    [settings["trusted-public-keys"] ?? []].flat().map((key) => String(key).split(":")[0]!),
+  )
+  const script = `${REMOTE_PATH}exec nix --extra-experimental-features nix-command path-info --sigs ${missing.join(" ")}`
+  const answer = lines(
+    await execute(context, [...sshArguments(context), BOOT_LINE], {
+      input: Buffer.from(`${encodeScript(script)}\n`),
+      what: "signatures of the result",
+    }),
+  )
+  const unsigned = unsignedPaths(answer, keys)
+  if (unsigned.length === 0) return "signed"
+  throw new EdictError(
+    `the store here takes only signed paths${host.requireSignatures ? " from this host (require-signatures)" : " from this user"}, and ${unsigned.length} of ${missing.length} have no signature by a key that is trusted here, e.g. ${unsigned[0]}`,
+    `one of: sign on ${host.name} (secret-key-files in its nix.conf, the public key in trusted-public-keys here); import = "sudo" for the host in the config; --no-link, which leaves the result there. A trusted user of the store here would do, too, but that is the same as root`,
   )
 }
 
-/** Whether the store here takes unsigned paths from this user: it is its own (no daemon), or the daemon trusts it. */
-async function isTrustedHere(): Promise<boolean> {
-  if (process.getuid?.() === 0) return true
-  const info = await capture(
-    ["nix", "--extra-experimental-features", "nix-command", "store", "info", "--json"],
-    "may-fail",
-  )
-  if (/"trusted":\s*(1|true)/.test(info)) return true
-  if (info !== "") return false
-  return fs.existsSync("/nix/var/nix/db") && canWrite("/nix/var/nix/db")
+/** Lines of \`nix path-info --sigs\` (PATH, then words: ultimate, ca:…, KEY:SIGNATURE) → paths that no trusted key signed. */
+export function unsignedPaths(answer: readonly string[], keys: ReadonlySet<string>): string[] {
+  return answer
+    .map((line) => line.trim().split(/\s+/))
+    .filter(([, ...words]) => !words.some((word) => word.startsWith("ca:") || keys.has(word.split(":")[0]!)))
+    .map(([path]) => path!)
 }
+
+/** Nix's settings here: \`config show\` since 2.20, \`show-config\` before. */
+async function settingsHere(): Promise<Record<string, unknown>> {
+  for (const command of [["config", "show"], ["show-config"]]) {
+    const answer = await capture([...NIX_COMMAND, ...command, "--json"], "may-fail")
+    if (!answer.startsWith("{")) continue
+    const settings = JSON.parse(answer) as Record<string, { value?: unknown }>
+    return Object.fromEntries(Object.entries(settings).map(([name, setting]) => [name, setting.value]))
+  }
+  return {}
+}
+
+/** Whether the store here takes unsigned paths from this user: it is its own (no daemon), or the daemon trusts it. */
+async function isTrustedHere(env: Env): Promise<boolean> {
+  if (process.getuid?.() === 0) return true
+  if ((env.NIX_REMOTE ?? "") !== "daemon" && canWrite("/nix/var/nix/db")) return true
+  const info = await capture([...NIX_COMMAND, "store", "info", "--json"], "may-fail")
+  if (info.startsWith("{")) return /"trusted":\s*(1|true)/.test(info)
+  // Before Nix 2.15 the daemon does not say it; the settings that it and its clients read do.
+  const trusted = [(await settingsHere())["trusted-users"] ?? []].flat().map(String)
+  const [user, groups] = await Promise.all([capture(["id", "-un"]), capture(["id", "-Gn"])])
+  return trusted.some(
+    (name) =>
+      name === "*" ||
+      name === user.trim() ||
+      (name.startsWith("@") && groups.trim().split(" ").includes(name.slice(1))),
+  )
+}
+
+/** The program that compresses the stream, if one should: on request, or by itself where the way is not short. */
+async function chooseCompression(context: Context): Promise<"zstd" | "gzip" | undefined> {
+  const { compress } = context.plan.host
+  const facts = await context.session!.greeting
+  const both = (["zstd", "gzip"] as const).find(
+    (program) => facts.has(`${program} yes`) && hasProgram(program, context.env),
+  )
+  if (compress === "auto") return both === "zstd" && context.roundTrip > SHORT_WAY ? both : undefined
+  return compress ? both : undefined
+}
+
+/** Milliseconds of a round trip below which a stream is faster uncompressed. */
+const SHORT_WAY = 10
+
 // ── 13. Sync back: what the command changed comes home, never over an edit made here meanwhile ──────────
 // Base is what was uploaded. Contents come as a tar stream into an empty private directory and are applied file by
 // file: where base and local differ, local stays. Nothing below a .git is ever written, nor through a link.
@@ -3443,7 +3590,8 @@ do_hello() {
   expire "$2"
   say "f home $HOME"
   say "f base $base"
-  for tool in rsync git nix; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
+  say "f store $(command -v nix-store)"
+  for tool in rsync git nix zstd gzip; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
 }
 
 # tree ID PATH ONLY PRUNE TOKENS PREFIXES SEED STATE: is the tree what the other side takes it for?
@@ -3529,6 +3677,7 @@ links() (
 
 report() {
   code=$(cat "$run/done")
+  [ ! -e "$run/signalled" ] || stop_command
   say "x $\{code:-137}"
   links >"$run/links.after"
   awk -v first="$run/links.before" 'BEGIN { while ((getline line <first) > 0) old[line] = 1 } !($0 in old)' "$run/links.after" |
@@ -3545,7 +3694,9 @@ report() {
 
 # What the results need, but for results that are there already.
 closures() {
-  sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" | sort -u | grep -vxF -f "$run/known" | xargs nix-store --query --requisites 2>/dev/null | sed 's/^/c /'
+  sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" | sort -u | grep -vxF -f "$run/known" >"$run/results" || return 0
+  xargs nix-store --query --requisites <"$run/results" 2>/dev/null | sort -u >"$run/closure"
+  xargs nix-store --query --size <"$run/closure" 2>/dev/null | paste -d' ' - "$run/closure" | sed 's/^/c /'
 }
 
 # run SCRIPT WATCHED DIRECTORIES KNOWN WORD…: hand the command to the other channel, answer when it has ended
@@ -3582,18 +3733,36 @@ below() {
   ps -A -o pid= -o ppid= | awk -v root="$1" '{ up[$1] = $2 } END { for (p in up) { q = p; while (q in up && q != root && q > 1) q = up[q]; if (q == root && p != root) print p } }'
 }
 
+# What the command started: below process $1, or, after its parents ended, with this run's name in its environment.
+family() {
+  below "$1"
+  (set +f; grep -ls "EDICT_RUN=$\{run##*/}" /proc/[0-9]*/environ) | sed 's/[^0-9]//g'
+}
+
+alive() { for p; do kill -0 "$p" 2>/dev/null && return 0; done; return 1; }
+
+# Ends the command and all that it started: politely first.
 stop_command() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
-  all=$(below "$pid")
+  all=$(family "$pid")
   # shellcheck disable=SC2086
   kill -TERM $all 2>/dev/null
-  for _ in 1 2 3 4 5 6; do kill -0 "$pid" 2>/dev/null || break; sleep 0.5 2>/dev/null || sleep 1; done
   # shellcheck disable=SC2086
-  kill -KILL $all "$pid" 2>/dev/null
+  for _ in 1 2 3 4 5 6; do alive $all || break; sleep 0.5 2>/dev/null || sleep 1; done
+  # shellcheck disable=SC2086
+  kill -KILL $all $(family "$pid") "$pid" 2>/dev/null
   kill -KILL -- "-$pid" 2>/dev/null
 }
 
-do_signal() { pid=$(cat "$run/pid" 2>/dev/null) && kill -s "$1" -- "-$pid"; }
+# signal NAME: the command gets it. At a keyboard a second Ctrl-C says that the first was not enough; else time does.
+do_signal() {
+  pid=$(cat "$run/pid" 2>/dev/null) || return 0
+  true >"$run/signalled"
+  kill -s "$1" -- "-$pid"
+  [ "$1" = INT ] || (exec </dev/null >/dev/null; sleep_while_running 8 && stop_command) &
+}
+
+sleep_while_running() { for _ in $(seq "$1"); do sleep 1; { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || return 1; done; }
 
 # agreed ID TOKEN: what the command changed is home; from here on this is the agreed state
 do_agreed() {
@@ -3684,6 +3853,8 @@ command -v "$1" >/dev/null || fail "no $1 over there: not on the PATH of a non-i
 NIX_CONFIG="$\{NIX_CONFIG:+$NIX_CONFIG
 }extra-experimental-features = nix-command flakes"
 export NIX_CONFIG
+EDICT_RUN=$\{run##*/}
+export EDICT_RUN
 trap : INT QUIT TERM HUP
 unset run line directory decoded word version minor
 "$@" 9>&-
@@ -3714,6 +3885,7 @@ type Context = {
   readonly control: string // path of the multiplexing socket, "" without
   readonly children: Set<Killable>
   multiplexed: boolean
+  roundTrip: number // milliseconds, as the first answer suggests
   channel?: Promise<number> // of the command: ends with its ssh
   session?: Session
   running: boolean
@@ -3786,11 +3958,15 @@ async function openSession(context: Context): Promise<Session> {
       void (ended ?? send([verb, ...words.map((word) => encodeWord(word))].join(" "))),
     close: () => child.letGo(),
   }
+  const began = performance.now()
   send(encodeScript(AGENT_SCRIPT))
   const greeting = session
     .ask("hello", plan.root, plan.host.directory, context.run)
     .then((answer) => new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2))))
-  greeting.catch(() => undefined)
+  greeting.then(
+    () => (context.roundTrip = (performance.now() - began) / 3),
+    () => undefined,
+  )
   return { ...session, greeting }
 }
 
@@ -3970,6 +4146,8 @@ const succeeds = async (argv: readonly string[]): Promise<boolean> =>
   (await collect(argv, { stdin: "ignore", what: argv[0]! })).code === 0
 
 type Execution = Readonly<{
+  onErrors?: (chunk: string) => void // sees stderr as it comes
+  onOutput?: (chunk: string) => void // and stdout
   what: string
   input?: Buffer
   stdin?: "ignore" | "inherit" | "pipe"
@@ -3993,8 +4171,14 @@ async function collect(
   const $ = await shell()
   const process_ = $({ stdio: [how.stdin ?? "ignore", "pipe", "pipe"], input: how.input })`${[...argv]}`
   const [stdout, stderr]: [Buffer[], Buffer[]] = [[], []]
-  process_.stdout.on("data", (chunk: Buffer) => stdout.push(chunk))
-  process_.stderr.on("data", (chunk: Buffer) => stderr.push(chunk))
+  process_.stdout.on("data", (chunk: Buffer) => {
+    stdout.push(chunk)
+    how.onOutput?.(chunk.toString("utf8"))
+  })
+  process_.stderr.on("data", (chunk: Buffer) => {
+    stderr.push(chunk)
+    how.onErrors?.(chunk.toString("utf8"))
+  })
   const child = { kill: (signal: NodeJS.Signals) => kill(process_.pid, signal) }
   how.context?.children.add(child)
   const result = await process_
@@ -4076,6 +4260,9 @@ export function exitCodeOf(result: { exitCode: number | null; signal: NodeJS.Sig
   return result.exitCode ?? 128 + (result.signal ? os.constants.signals[result.signal] : 0)
 }
 
+/** What dd says of its counting, which is no error. */
+const COUNTER_LINES = /^(\d+\+\d+ records (in|out)|\d+ bytes .*copied.*)$/gm
+
 /** What a failed step means, in one line, with what to do about the usual causes. */
 function commandError(
   argv: readonly string[],
@@ -4084,11 +4271,14 @@ function commandError(
   host?: Host,
 ): EdictError {
   const where = host ? ` on ${host.name} or here` : ""
+  const errors = result.stderr.replaceAll("\r", "\n").replace(COUNTER_LINES, "")
   const line =
-    result.stderr
+    errors
       .split("\n")
       .find((text) => /No space left|Disk quota|lacks a signature|dubious ownership|not found/.test(text)) ??
-    firstLine(result.stderr)
+    firstLine(errors)
+  const absent = /^bash: line \d+: (\S+): command not found$/m.exec(errors)?.[1]
+  if (absent) return new EdictError(`no ${shown(absent)} here`, `install ${shown(absent)}`)
   if (result.code === 127) return new EdictError(`no ${shown(argv[0]!)} here`, `install ${shown(argv[0]!)}`)
   if (host && result.code === 255) return sshError(host, result.stderr)
   const remedies: [RegExp, string][] = [
@@ -4158,6 +4348,7 @@ async function startContext(plan: Plan, env: Env, report: Report): Promise<Conte
     children: new Set(),
 
     multiplexed: false,
+    roundTrip: 0,
     running: false,
   }
 }
@@ -4425,6 +4616,59 @@ function note(context: Context, message: string): void {
 function trace(argv: readonly string[], milliseconds: number): void {
   const words = argv.map((word) => (word === BOOT_LINE ? "<agent>" : shellQuote(word)))
   say(`+ ${shown(words.join(" "))}${milliseconds > 0 ? `   # ${(milliseconds / 1000).toFixed(2)} s` : ""}`)
+}
+
+/** A line on the terminal while something takes long: read() gets what the counter says, end() removes the line. */
+type Progress = Readonly<{ counter?: string[]; read: (chunk: string) => void; end: () => void }>
+
+/**
+ * Progress through a stream of things with these sizes (bytes): shown after a second, only on a terminal, and counted
+ * by dd in the pipeline (GNU dd's status=progress), so that no byte passes through this program.
+ */
+function startProgress(context: Context, what: string, sizes: readonly number[]): Progress {
+  const wanted =
+    isTerminal(2) &&
+    context.plan.options.verbosity >= 0 &&
+    context.env.TERM !== "dumb" &&
+    process.platform === "linux"
+  if (!wanted) return { read: () => undefined, end: () => undefined }
+  const total = sizes.reduce((sum, size) => sum + size, 0)
+  const began = performance.now()
+  let shows = false
+  const read = (chunk: string) => {
+    // dd: "1048576 bytes (1.0 MB, 1.0 MiB) copied, …"; rsync --info=progress2: "  1,048,576  10%  1.00MB/s …"
+    const last =
+      chunk
+        .trimEnd()
+        .split(/[\r\n]/)
+        .at(-1) ?? ""
+    const done = Number(
+      (/^(\d+) bytes/.exec(last) ?? /^\s*([\d,]+)\s+\d+%/.exec(last))?.[1]?.replaceAll(",", "") ?? NaN,
+    )
+    const seconds = (performance.now() - began) / 1000
+    if (Number.isNaN(done) || seconds < 1) return
+    process.stderr.write(`\r\x1b[K${progressLine(what, { sizes, total, done, seconds })}`)
+    shows = true
+  }
+  return {
+    counter: ["dd", "bs=256k", "status=progress"],
+    read,
+    end: () => void (shows && process.stderr.write("\r\x1b[K")),
+  }
+}
+
+/** "edict: 12 of 80 store paths, 34.5 of 102.0 MiB, 11.2 MiB/s, 6 s left". */
+export function progressLine(
+  what: string,
+  at: { sizes: readonly number[]; total: number; done: number; seconds: number },
+): string {
+  const { sizes, total, done, seconds } = at
+  const mebi = (count: number) => (count / 2 ** 20).toFixed(1)
+  const rate = done / seconds
+  let sum = 0
+  const finished = sizes.filter((size) => (sum += size) <= done).length
+  const left = rate > 0 && total > done ? `, ${Math.ceil((total - done) / rate)} s left` : ""
+  return `edict: ${finished} of ${sizes.length} ${what}, ${mebi(Math.min(done, total || done))} of ${mebi(total)} MiB, ${mebi(rate)} MiB/s${left}`
 }
 
 const reason = (error: unknown): string => (error instanceof Error ? shown(error.message) : String(error))
