@@ -17,12 +17,11 @@
  * One file on purpose: copy it, read it, change it. What is exported is exported for the tests; it is no
  * stable interface. Contents:
  *
- *    1 Help            7 Trees and map     13 Sync back
- *    2 Types           8 Local state       14 Remote scripts
- *    3 Main            9 Git copies        15 Session
- *    4 Arguments      10 Upload            16 Ssh
- *    5 Hosts          11 Run               17 Processes
- *    6 Scan           12 Results           18 Files, messages and errors
+ *    1 Help            6 Scan              11 Run           16 Session
+ *    2 Types           7 Trees and map     12 Results       17 Ssh
+ *    3 Main            8 Local state       13 Sync back     18 Processes
+ *    4 Arguments       9 Git copies        14 Commits       19 Files, messages and errors
+ *    5 Hosts          10 Upload            15 Remote scripts
  */
 import fs from "node:fs"
 import os from "node:os"
@@ -165,19 +164,22 @@ export type Manifest = Readonly<{
   previous?: string
   entries: ReadonlyMap<Name, Entry>
   pruned: readonly Name[]
+  newest?: string // newest mtime in a plain directory, in seconds
+  fingerprint?: string // of every path and what stat says of it, if all of that can be trusted
 }>
 
 /** A path of a tree as it is here now, and where its bytes are read from (.git comes from a copy). */
 type Source = Readonly<{ name: Name; root: string; inner: Name; seen: string; entry: Entry }>
 
 /** A tree during a run, and the state of it that both sides agree on. */
-type TreeState = Readonly<{ tree: Tree; manifest: Manifest }>
+type TreeState = Readonly<{ tree: Tree; manifest: Manifest; places?: readonly Place[] }>
 
 /** What has to go over so that the remote tree equals the local one. */
 export type Delta = Readonly<{
   send: readonly Source[]
   remove: readonly Name[]
   removeDirectories: readonly Name[]
+  newest?: string // set if it has to become so there
 }>
 
 /** One path that the command created, changed or deleted over there. */
@@ -186,16 +188,17 @@ export type Change = Readonly<{
   what: "created" | "changed" | "deleted"
   type: "file" | "link" | "directory" | "other"
   mode: number
+  size: number // as the other side says
   modeOnly: boolean
   target?: string // text of a symbolic link
 }>
 
-export type ResultLink = Readonly<{ link: string; target: string }>
+export type ResultLink = Readonly<{ link: string; target: string; isProfile?: boolean }>
 
 /** What became of one change here. */
 export type Applied = Readonly<{
   name: Name
-  verdict: "applied" | "same" | "conflict" | "refused"
+  verdict: "applied" | "same" | "conflict" | "refused" | "failed"
   counts?: "counts" // a change that a user would see
   why?: string
   kept?: string // where the remote version of a conflict lies here
@@ -255,8 +258,10 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
   const context = await startContext(plan, env, report)
   const watch = handleSignals(context)
   try {
-    await stage(context, "connect", () => connect(context))
-    const scans = await stage(context, "scan", () => scanTrees(context))
+    const [scans] = await Promise.all([
+      stage(context, "scan", () => scanTrees(context)),
+      stage(context, "connect", () => connect(context)),
+    ])
     const { states, outcome } = (await runAtOnce(context, scans)) ?? (await runAfterUpload(context, scans))
     const trouble = await firstTrouble([
       stage(context, "results", () => fetchResults(context, outcome)),
@@ -556,7 +561,7 @@ export function chooseHost(config: Config, invocation: Invocation, env: Env): Ho
   if (word === undefined)
     throw new UsageError(
       "no host given, and no default",
-      `edict HOST ${invocation.command.join(" ")}, or: default = "HOST" in ${config.file}`,
+      `edict HOST ${shown(invocation.command.map(shellQuote).join(" "))}, or: default = "HOST" in ${config.file}`,
     )
   if (/[,]|^@/.test(word))
     throw new UsageError(`${shown(word)} names several hosts; this version runs on one`, "name one host")
@@ -1436,8 +1441,9 @@ function rewriteCommand(
 ): RemoteWord[] {
   const { scanned, mapped, implicit, map } = plan
   const rewritten = words.map((word, index): RemoteWord => {
-    const other = mapped.find(({ reference }) => reference.index === index)?.word ?? word
-    return scanned.updatePositional.includes(index) && typeof other === "string" ? { update: other } : other
+    const other = mapped.find(({ reference }) => reference.index === index)?.word
+    // What is no reference is the name of an input.
+    return scanned.updatePositional.includes(index) && typeof other === "string" ? { update: other } : (other ?? word)
   })
   if (scanned.implicit === "flake" && implicit?.kind === "directory" && scanned.insertAt >= 0) {
     const relative = path.relative(map.place(map.cwd), map.place(implicit.flakeDirectory!)) || "."
@@ -1544,7 +1550,7 @@ export function describePlan(plan: Plan): string {
 // A manifest per host and tree: path → type, mode, stat identity, content hash. What stat says is trusted
 // where it is unchanged, everything else is hashed; so no edit is missed, however small or quick.
 
-const MANIFEST_VERSION = 1
+const MANIFEST_VERSION = 2
 
 /** Changes within this time before the scan could still be followed by one with the same timestamp. */
 const RACY_NANOSECONDS = 2_000_000_000n
@@ -1569,77 +1575,80 @@ function seedManifest(context: Context, tree: Tree): Manifest | undefined {
   return seed === "" ? undefined : readManifest(manifestFile(context, tree, tree.remote.replace(root, seed)))
 }
 
-/** The manifest in `file`; undefined where there is none that can be read. */
+/**
+ * The manifest in `file`; undefined where there is none that can be read. Its second line, the entries, is read
+ * when somebody asks for them: an unchanged tree is known by the fingerprint alone.
+ */
 function readManifest(file: string): Manifest | undefined {
   try {
-    const { version, token, previous, pruned, entries } = JSON.parse(fs.readFileSync(file, "utf8")) as {
-      version: number
-      token: string
-      previous?: string
-      pruned: Name[]
-      entries: [Name, string, number, string, string][]
-    }
+    const content = fs.readFileSync(file, "utf8")
+    const end = content.indexOf("\n")
+    const { version, ...header } = JSON.parse(content.slice(0, end)) as Omit<Manifest, "entries"> & { version: number }
     if (version !== MANIFEST_VERSION) return undefined
-    const map = new Map(
-      entries.map(([name, type, mode, identity, contents]) => [
-        name,
-        { type: type as Entry["type"], mode, identity, hash: contents },
-      ]),
-    )
-    return { token, previous, pruned, entries: map }
+    let read: Map<Name, Entry> | undefined
+    return Object.defineProperty({ ...header } as Manifest, "entries", { enumerable: true, get: () => (read ??= parseEntries(content.slice(end + 1))) })
   } catch {
     return undefined
   }
 }
 
+function parseEntries(line: string): Map<Name, Entry> {
+  const entries = JSON.parse(line) as [Name, Entry["type"], number, string, string][]
+  return new Map(entries.map(([name, type, mode, identity, contents]) => [name, { type, mode, identity, hash: contents }]))
+}
+
 /** Replaces a manifest as a whole: written beside, synced, renamed. */
 function writeManifest(file: string, manifest: Manifest): void {
-  const entries = [...manifest.entries].map(([name, entry]) => [
-    name,
-    entry.type,
-    entry.mode,
-    entry.identity,
-    entry.hash,
-  ])
+  const { entries, ...header } = manifest
+  const rows = [...entries].map(([name, { type, mode, identity, hash: contents }]) => [name, type, mode, identity, contents])
   fs.mkdirSync(path.dirname(file), { recursive: true, mode: 0o700 })
   const temporary = `${file}.${process.pid}`
   const descriptor = fs.openSync(temporary, "w", 0o600)
-  fs.writeSync(descriptor, JSON.stringify({ version: MANIFEST_VERSION, ...manifest, entries }))
+  fs.writeSync(descriptor, `${JSON.stringify({ version: MANIFEST_VERSION, ...header })}\n${JSON.stringify(rows)}`)
   fs.fsyncSync(descriptor)
   fs.closeSync(descriptor)
   fs.renameSync(temporary, file)
 }
 
 /** Where a path of a tree is read from: `inner` below `root`; .git comes from a copy elsewhere. */
-type Place = Readonly<{ name: Name; root: string; inner: Name }>
+type Place = Readonly<{ name: Name; root: string; inner: Name; stat: Stat }>
 
 /** What belongs to `tree` now: every path with its state, hashed where the manifest does not vouch for it. */
-async function scanTree(
-  tree: Tree,
-  known: ReadonlyMap<Name, Entry> | undefined,
-  env: Env,
-): Promise<Map<Name, Source>> {
-  const places = await listTree(tree, env)
-  const now = BigInt(Date.now()) * 1_000_000n
+async function scanTree(tree: Tree, known: ReadonlyMap<Name, Entry> | undefined, env: Env): Promise<Map<Name, Source>> {
+  return sourcesOf(await listTree(tree, env), known)
+}
+
+/** The state of every path, hashed where the manifest does not vouch for it. */
+function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | undefined): Map<Name, Source> {
   const sources = new Map<Name, Source>()
   for (const place of places) {
-    const file = `${place.root}/${place.inner}`
-    const stat = lstat(file)
-    const type = stat ? typeOf(stat) : "other"
-    if (!stat || type === "other") continue
-    const before = known?.get(place.name)
+    const { name, root, inner, stat } = place
+    const type = typeOf(stat)
+    if (type === "other") continue
+    const before = known?.get(name)
     const seen = type === "directory" ? "" : identityOf(stat)
     const trusted = before !== undefined && seen !== "" && before.identity === seen && before.type === type
-    const settled = now - stat.ctimeNs > RACY_NANOSECONDS && now - stat.mtimeNs > RACY_NANOSECONDS
-    const entry = {
-      type,
-      mode: Number(stat.mode & 0o777n),
-      identity: settled ? seen : "",
-      hash: trusted ? before.hash : contentHash(file, type),
-    }
-    sources.set(place.name, { ...place, seen, entry })
+    const contents = trusted ? before.hash : contentHash(`${root}/${inner}`, type)
+    sources.set(name, { name, root, inner, seen, entry: { type, mode: Number(stat.mode & 0o777n), identity: isSettled(stat) ? seen : "", hash: contents } })
   }
   return sources
+}
+
+/** Whether the last change is so long ago that another one would show. */
+function isSettled(stat: Stat): boolean {
+  const now = BigInt(Date.now()) * 1_000_000n
+  return now - stat.ctimeNs > RACY_NANOSECONDS && now - stat.mtimeNs > RACY_NANOSECONDS
+}
+
+/** A hash of all paths and of what stat says of them; undefined while one of them is not settled. */
+function fingerprintOf(places: readonly Place[]): string | undefined {
+  const hasher = new Bun.CryptoHasher("sha256")
+  for (const { name, stat } of places) {
+    const isDirectory = stat.isDirectory()
+    if (!isDirectory && !isSettled(stat)) return undefined
+    hasher.update(`${name}\0${stat.mode} ${isDirectory ? "" : identityOf(stat)}\n`)
+  }
+  return hasher.digest("hex")
 }
 
 async function listTree(tree: Tree, env: Env): Promise<Place[]> {
@@ -1648,15 +1657,12 @@ async function listTree(tree: Tree, env: Env): Promise<Place[]> {
     case "git":
       return await listRepository(tree, root, "", env)
     case "directory":
-      return listDirectory(root, "").map((name) => ({ name, root, inner: name }))
-    case "file":
-      return [
-        {
-          name: bytes(path.basename(tree.local)),
-          root: bytes(path.dirname(tree.local)),
-          inner: bytes(path.basename(tree.local)),
-        },
-      ]
+      return listDirectory(root, "").map(({ inner, stat }) => ({ name: inner, root, inner, stat }))
+    case "file": {
+      const [directory, inner] = [bytes(path.dirname(tree.local)), bytes(path.basename(tree.local))]
+      const stat = lstat(`${directory}/${inner}`)
+      return stat ? [{ name: inner, root: directory, inner, stat }] : []
+    }
     case "output":
       return []
   }
@@ -1681,30 +1687,30 @@ async function listRepository(tree: Tree, root: string, prefix: Name, env: Env):
     // Result links are this side's own; Nix does not see an untracked one.
     if (!stat || (tag === "?" && stat.isSymbolicLink() && linksToStore(`${directory}/${inner}`))) continue
     const name = prefix + inner
-    if (!stat.isDirectory()) places.push({ name, root, inner: name })
-    else if (lstat(`${directory}/${inner}/.git`))
-      places.push(...(await listRepository(tree, root, `${name}/`, env)))
+    const isRepository = stat.isDirectory() && lstat(`${directory}/${inner}/.git`) !== undefined
+    if (isRepository) places.push(...(await listRepository(tree, root, `${name}/`, env)))
+    else if (!stat.isDirectory() || tag !== "?") places.push({ name, root, inner: name, stat }) // an empty submodule
   }
   const copy = bytes(await copying)
   return [
     ...places,
-    ...listDirectory(copy, "").map((inner) => ({ name: `${prefix}.git/${inner}`, root: copy, inner })),
+    ...listDirectory(copy, "").map((place) => ({ ...place, name: `${prefix}.git/${place.inner}`, root: copy })),
   ]
 }
 
 /** Every path below a directory, directories first; not edict's own conflicts. */
-function listDirectory(root: string, prefix: Name): Name[] {
-  return fs
-    .readdirSync(buffer(prefix === "" ? root : `${root}/${prefix.slice(0, -1)}`), { encoding: "buffer" })
-    .flatMap((item) => {
-      const name = prefix + item.toString("latin1")
-      if (isOwn(name)) return []
-      return lstat(`${root}/${name}`)?.isDirectory() ? [name, ...listDirectory(root, `${name}/`)] : [name]
-    })
+function listDirectory(root: string, prefix: Name): Pick<Place, "inner" | "stat">[] {
+  const directory = buffer(prefix === "" ? root : `${root}/${prefix.slice(0, -1)}`)
+  return fs.readdirSync(directory, { encoding: "buffer" }).flatMap((item) => {
+    const inner = prefix + item.toString("latin1")
+    const stat = isOwn(inner) ? undefined : lstat(`${root}/${inner}`)
+    if (!stat) return []
+    return stat.isDirectory() ? [{ inner, stat }, ...listDirectory(root, `${inner}/`)] : [{ inner, stat }]
+  })
 }
 
 /** Paths that edict makes itself in a tree outside git. */
-const isOwn = (name: Name): boolean => /^\.edict-(conflicts|stage)(\/|$)/.test(name)
+const isOwn = (name: Name): boolean => /(^|\/)\.edict-(conflicts|stage)(-[0-9a-f]+)?(\/|$)/.test(name)
 
 /** What must go over, given the last agreed state and the tree as it is. */
 export function compareTrees(before: ReadonlyMap<Name, Entry>, now: ReadonlyMap<Name, Source>): Delta {
@@ -1737,14 +1743,21 @@ const isSame = (a: Entry | undefined, b: Entry): boolean =>
 // never hooks, never the user's config. A worktree's or submodule's .git file becomes a directory of its own.
 
 type GitState = Readonly<{
-  directory: string
-  index: string
-  head: string
-  branch: string
-  refs: string
+  directory: string // of this worktree: HEAD and index
+  common: string // of the repository: objects, refs, config
+  head: string // "" before the first commit
+  branch: string // full name of the ref; "" on a detached HEAD
+  refs: readonly string[] // "OBJECT NAME"
   shallow: string
   config: string
+  filters: readonly string[] // names of the filter drivers configured here
 }>
+
+/** What the packs of a copy were made for: by it the next one is made of what is new alone. */
+type Packed = Readonly<{ wanted: string; tips: readonly string[]; shallow: string; refs: readonly string[] }>
+
+/** So many packs, then they become one again. */
+const MOST_PACKS = 40
 
 /** argv of git in `directory`: no locks taken, no hooks or monitors of the repository run. */
 function git(directory: string, ...words: string[]): string[] {
@@ -1765,76 +1778,62 @@ function git(directory: string, ...words: string[]): string[] {
 
 /** Makes or renews the slim copy of a repository's .git; answers the directory that holds it. */
 async function copyGit(repository: string, how: { history: Tree["history"]; env: Env }): Promise<string> {
-  const copy = path.join(cacheDirectory(how.env), "git", hash(`${repository} ${how.history}`).slice(0, 24))
+  const copy = path.join(cacheDirectory(how.env), "git", hash(repository).slice(0, 24))
   const state = await readGitState(repository)
   fs.mkdirSync(path.join(copy, "objects/pack"), { recursive: true, mode: 0o700 })
-  fs.mkdirSync(path.join(copy, "refs/heads"), { recursive: true })
+  for (const directory of ["refs/heads", "info"])
+    fs.mkdirSync(path.join(copy, directory), { recursive: true })
   await copyIndex(state, { repository, copy })
-  const sent = readText(`${copy}.sent`)
-  const index = fs.existsSync(path.join(copy, "index")) ? hash(fs.readFileSync(path.join(copy, "index"))) : ""
-  const wanted = [state.head, index, state.refs].join("\n")
-  if (sent !== wanted) {
-    await packObjects(repository, { state, copy, sentHead: sent?.split("\n")[0] ?? "", history: how.history })
-    replaceFile(`${copy}.sent`, wanted)
+  const refs = await packObjects(repository, { state, copy, history: how.history })
+  const filtered = await filteredFiles(state, { repository, copy })
+  const filter = (name: string) => {
+    const command = (verb: string) => `"sh \\"$(git rev-parse --absolute-git-dir)/filter\\" ${verb} %f"`
+    return `[filter "${name}"]\n\tclean = ${command("clean")}\n\tsmudge = ${command("smudge")}\n`
   }
-  const branch = state.branch !== "" && state.head !== "" ? `${state.head} ${state.branch}\n` : ""
-  const others = state.refs
-    .split("\n")
-    .filter(
-      (line) =>
-        line !== "" &&
-        line.split(" ")[1] !== state.branch &&
-        (how.history === "full" || line.includes(" refs/tags/")),
-    )
-  const packed = [...others, ...(branch ? [branch.trim()] : [])].sort((a, b) =>
-    a.slice(41) < b.slice(41) ? -1 : 1,
-  )
-  replaceFile(path.join(copy, "packed-refs"), packed.map((line) => `${line}\n`).join(""))
-  replaceFile(path.join(copy, "HEAD"), state.branch !== "" ? `ref: ${state.branch}\n` : `${state.head}\n`)
-  replaceFile(path.join(copy, "config"), state.config)
-  if (state.shallow === "") fs.rmSync(path.join(copy, "shallow"), { force: true })
-  else replaceFile(path.join(copy, "shallow"), state.shallow)
+  const contents: Record<string, string> = {
+    "packed-refs": refs.map((line) => `${line}\n`).join(""),
+    HEAD: state.branch !== "" ? `ref: ${state.branch}\n` : `${state.head}\n`,
+    // A repository that lacks objects on purpose cannot be repacked.
+    config: `${state.config}[gc]\n\tauto = 0\n[maintenance]\n\tauto = false\n${filtered.drivers.map(filter).join("")}`,
+    shallow: state.shallow,
+    "info/attributes": await patternsOf(repository, "core.attributesFile", state),
+    "info/exclude": await patternsOf(repository, "core.excludesFile", state),
+    filter: filtered.drivers.length > 0 ? FILTER_SCRIPT : "",
+    filtered: filtered.files,
+  }
+  for (const [name, content] of Object.entries(contents))
+    if (content === "" && name !== "packed-refs") fs.rmSync(path.join(copy, name), { force: true })
+    else replaceFile(copy, name, content)
   return copy
 }
 
-/** What the copy is made from; `head` is "" before the first commit, `branch` "" on a detached HEAD. */
+/** What the copy is made from. */
 async function readGitState(repository: string): Promise<GitState> {
-  const [paths, head, branch, refs, settings] = await Promise.all([
-    capture(
-      git(
-        repository,
-        "rev-parse",
-        "--path-format=absolute",
-        "--absolute-git-dir",
-        "--git-path",
-        "index",
-        "--git-path",
-        "shallow",
-      ),
-    ),
-    capture(git(repository, "rev-parse", "--verify", "--quiet", "HEAD"), "may-fail"),
-    capture(git(repository, "symbolic-ref", "--quiet", "HEAD"), "may-fail"),
-    capture(git(repository, "for-each-ref", "--format=%(objectname) %(refname)", "refs/heads", "refs/tags")),
-    capture(
-      git(
-        repository,
-        "config",
-        "--null",
-        "--get-regexp",
-        "^(user\\.(name|email)|core\\.(filemode|symlinks|ignorecase|autocrlf|eol|precomposeunicode)|extensions\\.objectformat|submodule\\..*\\.active|submodule\\..*\\.url)$",
-      ),
-      "may-fail",
+  const ask = async (...words: string[]) =>
+    (await capture(git(repository, ...words), "may-fail")).replace(/\n$/, "")
+  const [directory, common, head, branch, refs, settings] = await Promise.all([
+    capture(git(repository, "rev-parse", "--absolute-git-dir")),
+    capture(git(repository, "rev-parse", "--path-format=absolute", "--git-common-dir")),
+    ask("rev-parse", "--verify", "--quiet", "HEAD"),
+    ask("symbolic-ref", "--quiet", "HEAD"),
+    ask("for-each-ref", "--format=%(objectname) %(refname)"),
+    ask(
+      "config",
+      "--null",
+      "--get-regexp",
+      "^(user\\.(name|email)|core\\.(filemode|symlinks|ignorecase|autocrlf|eol|precomposeunicode)|extensions\\.objectformat|submodule\\..*\\.active|submodule\\..*\\.url|filter\\..*\\.(clean|smudge|process))$",
     ),
   ])
-  const [directory, index, shallow] = paths.split("\n")
+  const [filters, others] = partition(settings.split("\0"), (pair) => pair.startsWith("filter."))
   return {
-    directory: directory!,
-    index: index!,
-    head: head.trim(),
-    branch: branch.trim(),
-    refs,
-    shallow: readText(shallow!) ?? "",
-    config: minimalConfig(settings),
+    directory: text(directory.replace(/\n$/, "")),
+    common: text(common.replace(/\n$/, "")),
+    head,
+    branch,
+    refs: lines(refs),
+    shallow: readText(path.join(text(common.replace(/\n$/, "")), "shallow")) ?? "",
+    config: minimalConfig(others.join("\0")),
+    filters: [...new Set(filters.map((pair) => /^filter\.(.*)\.[a-z]+\n/s.exec(pair)?.[1] ?? ""))],
   }
 }
 
@@ -1871,19 +1870,19 @@ export function minimalConfig(settings: string): string {
 /** The index as one file: Nix since 2.20 refuses a split index. Written only when its bytes changed. */
 async function copyIndex(state: GitState, to: { repository: string; copy: string }): Promise<void> {
   const { repository, copy } = to
-  const target = path.join(copy, "index")
-  if (!fs.existsSync(state.index)) return fs.rmSync(target, { force: true })
-  const split = fs.readdirSync(path.dirname(state.index)).some((name) => name.startsWith("sharedindex."))
-  if (!split) return replaceFile(target, fs.readFileSync(state.index))
-  const temporary = path.join(path.dirname(state.index), `edict-index.${process.pid}`)
+  const index = path.join(state.directory, "index")
+  if (!fs.existsSync(index)) return fs.rmSync(path.join(copy, "index"), { force: true })
+  const split = fs.readdirSync(state.directory).some((name) => name.startsWith("sharedindex."))
+  if (!split) return replaceFile(copy, "index", fs.readFileSync(index))
+  const temporary = `${copy}.${randomName()}`
   try {
-    fs.copyFileSync(state.index, temporary)
+    fs.copyFileSync(index, temporary)
     await capture([
       "env",
       `GIT_INDEX_FILE=${temporary}`,
       ...git(repository, "update-index", "--no-split-index"),
     ])
-    replaceFile(target, fs.readFileSync(temporary))
+    replaceFile(copy, "index", fs.readFileSync(temporary))
   } finally {
     fs.rmSync(temporary, { force: true })
   }
@@ -1891,44 +1890,225 @@ async function copyIndex(state: GitState, to: { repository: string; copy: string
 
 /**
  * Adds a pack with what the copy lacks: all commits of HEAD, trees and blobs of HEAD and its parent, what is
- * staged, and tags on the way; for a full history every object of every ref.
+ * staged, and tags on the way; for a full history every object of every ref. Answers the refs of the copy.
  */
 async function packObjects(
   repository: string,
-  work: { state: GitState; copy: string; sentHead: string; history: Tree["history"] },
-): Promise<void> {
-  const { state, copy, sentHead, history } = work
+  work: { state: GitState; copy: string; history: Tree["history"] },
+): Promise<readonly string[]> {
+  const { state, copy, history } = work
+  const { head, branch, shallow } = state
+  const index = fs.existsSync(path.join(copy, "index")) ? hash(fs.readFileSync(path.join(copy, "index"))) : ""
+  const wanted = hash([head, branch, index, shallow, ...state.refs].join("\n"))
+  const before = readPacked(`${copy}.packed.${history}`)
+  if (before?.wanted === wanted) return before.refs
   const packs = path.join(copy, "objects/pack")
-  const known = sentHead !== "" && (await succeeds(git(repository, "cat-file", "-e", `${sentHead}^{commit}`)))
-  const fresh = !known || history === "full" || fs.readdirSync(packs).length > 40
-  if (fresh) for (const name of fs.readdirSync(packs)) fs.rmSync(path.join(packs, name))
-  const g = git(repository).map(shellQuote).join(" ")
-  const tree = (commit: string) =>
-    `${g} rev-list --objects --no-object-names '${commit}^{tree}'${fresh ? "" : ` --not '${sentHead}^{tree}'`}`
-  const ofHead = [
-    `${g} rev-list HEAD${fresh ? "" : ` --not ${sentHead}`}`,
-    tree("HEAD"),
-    `if ${g} rev-parse -q --verify 'HEAD~1^{tree}' >/dev/null; then ${tree("HEAD~1")}; fi`,
-    `${g} for-each-ref --merged HEAD --format='%(objectname)' refs/tags`,
-    `${g} diff-index --cached HEAD | awk '$4 !~ /^0+$/ && $2 != "160000" { print $4 }'`,
-  ]
-  const unborn = [`${g} ls-files --stage | awk '$1 != "160000" { print $2 }'`]
-  const everything = [`${g} rev-list --objects --no-object-names --all HEAD`, ofHead.at(-1)!]
-  const list = state.head === "" ? unborn : history === "full" ? everything : ofHead
-  const pack = `${g} pack-objects -q --non-empty ${shellQuote(path.join(packs, "pack"))}`
-  await capture(["bash", "-c", `set -e -o pipefail; { ${list.join("; ")}; } | sort -u | ${pack}`])
+  const one = fs.readdirSync(packs).length > 2 * MOST_PACKS || (before && before.shallow !== shallow)
+  if (one) {
+    for (const name of [`${copy}.packed.head`, `${copy}.packed.full`]) fs.rmSync(name, { force: true })
+    for (const name of fs.readdirSync(packs)) fs.rmSync(path.join(packs, name))
+  }
+  const merged =
+    head === "" || history === "full"
+      ? []
+      : lines(
+          await capture(
+            git(
+              repository,
+              "for-each-ref",
+              "--merged=HEAD",
+              "--format=%(objectname) %(refname)",
+              "refs/tags",
+            ),
+          ),
+        )
+  const own = head !== "" && branch !== "" ? [`${head} ${branch}`] : []
+  const others = (history === "full" ? state.refs : merged).filter((line) => refName(line) !== branch)
+  const refs = [...others.filter((line) => !/ refs\/(edict\/|stash$)/.test(line)), ...own].sort((a, b) =>
+    refName(a) < refName(b) ? -1 : 1,
+  )
+  const tips = [...new Set([...(head === "" ? [] : [head]), ...refs.map((line) => line.split(" ")[0]!)])]
+  const listing = await listObjects(repository, {
+    history,
+    head,
+    tags: merged,
+    tips: one ? [] : (before?.tips ?? []),
+  })
+  await packMissing(repository, { copy, listing })
+  replaceFile(
+    path.dirname(copy),
+    `${path.basename(copy)}.packed.${history}`,
+    JSON.stringify({ wanted, tips, shallow, refs }),
+  )
+  return refs
 }
 
-/** Writes a file whole, and only if its content differs: an unchanged file keeps its stat identity. */
-function replaceFile(file: string, content: string | Buffer): void {
-  const wanted = typeof content === "string" ? Buffer.from(content) : content
+const refName = (line: string): string => line.slice(line.indexOf(" ") + 1)
+
+function readPacked(file: string): Packed | undefined {
   try {
-    if (fs.readFileSync(file).equals(wanted)) return
+    return JSON.parse(fs.readFileSync(file, "latin1")) as Packed
+  } catch {
+    return undefined
+  }
+}
+
+/** Shell lines that print the objects a copy needs, but for most of those that came with the commits `tips`. */
+async function listObjects(
+  repository: string,
+  wanted: { history: Tree["history"]; head: string; tags: readonly string[]; tips: readonly string[] },
+): Promise<string[]> {
+  const { history, head, tags, tips } = wanted
+  const g = git(repository).map(shellQuote).join(" ")
+  const objects = `${g} rev-list --objects --no-object-names --ignore-missing`
+  const unmerged = `${g} ls-files --unmerged | awk '{ print $2 }'`
+  const staged = `${g} diff-index --cached HEAD | awk '$4 !~ /^0+$/ && $2 != "160000" { print $4 }'; ${unmerged}`
+  if (head === "" && history === "head") return [`${g} ls-files --stage | awk '$1 != "160000" { print $2 }'`]
+  if (history === "full")
+    return [
+      `${objects} --all --reflog ${head === "" ? "" : "HEAD"} --not ${tips.join(" ")}`,
+      head === "" ? `${g} ls-files --stage | awk '$1 != "160000" { print $2 }'` : staged,
+    ]
+  const [last] = tips
+  const known = last !== undefined && (await succeeds(git(repository, "cat-file", "-e", `${last}^{commit}`)))
+  const not = (what: string) => (known ? ` --not ${last}${what}` : "")
+  return [
+    `${g} rev-list HEAD${not("")}`,
+    `${objects} 'HEAD^{tree}'${not("^{tree}")}`,
+    `if ${g} rev-parse -q --verify 'HEAD~1^{tree}' >/dev/null; then ${objects} 'HEAD~1^{tree}'${not("^{tree}")}; fi`,
+    ...(tags.length > 0 ? [`printf '%s\\n' ${tags.map((line) => line.split(" ")[0]!).join(" ")}`] : []),
+    staged,
+  ]
+}
+
+/** Packs the listed objects that the copy does not have; a pack comes to lie there as a whole. */
+async function packMissing(
+  repository: string,
+  to: { copy: string; listing: readonly string[] },
+): Promise<void> {
+  const packs = path.join(to.copy, "objects/pack")
+  const temporary = `${to.copy}.${randomName()}`
+  const g = git(repository).map(shellQuote).join(" ")
+  const have = fs
+    .readdirSync(packs)
+    .filter((name) => name.endsWith(".idx"))
+    .map((name) => `${g} show-index <${shellQuote(path.join(packs, name))} | awk '{ print $2 }'`)
+  const [wanted, there] = ["wanted", "there"].map((name) => shellQuote(path.join(temporary, name)))
+  const script = `set -e -o pipefail; export LC_ALL=C
+    { ${to.listing.join("; ")}; } | sort -u >${wanted}
+    { :; ${have.map((line) => `${line}; `).join("")}} | sort -u >${there}
+    comm -23 ${wanted} ${there} | ${g} pack-objects -q --non-empty ${shellQuote(path.join(temporary, "pack"))}`
+  fs.mkdirSync(temporary, { mode: 0o700 })
+  try {
+    await capture(["bash", "-c", script])
+    const made = fs
+      .readdirSync(temporary)
+      .filter((name) => name.startsWith("pack-"))
+      .sort((a, b) => Number(a.endsWith(".idx")) - Number(b.endsWith(".idx")))
+    for (const name of made) fs.renameSync(path.join(temporary, name), path.join(packs, name))
+  } finally {
+    fs.rmSync(temporary, { recursive: true, force: true })
+  }
+}
+
+/** Patterns of the repository's own info/attributes or info/exclude, after those of the user's file. */
+async function patternsOf(
+  repository: string,
+  option: "core.attributesFile" | "core.excludesFile",
+  state: GitState,
+): Promise<string> {
+  const name = option === "core.attributesFile" ? "attributes" : "exclude"
+  const configured = await capture(
+    git(repository, "config", "--null", "--type=path", "--get", option),
+    "may-fail",
+  )
+  const usual = path.join(
+    process.env.XDG_CONFIG_HOME || path.join(os.homedir(), ".config"),
+    "git",
+    name === "exclude" ? "ignore" : name,
+  )
+  const users = configured === "" ? usual : text(configured.replace(/\0$/, ""))
+  const parts = [users, path.join(state.common, "info", name)].map((file) =>
+    fs.existsSync(file) ? fs.readFileSync(file, "latin1") : "",
+  )
+  return parts.map((part) => (part === "" || part.endsWith("\n") ? part : `${part}\n`)).join("")
+}
+
+/**
+ * What the filters of this side (git-lfs and the like) make of the files that are as committed: "CONTENT CLEAN"
+ * for each, names of blobs. By it git takes them for unchanged over there, without the filters.
+ */
+async function filteredFiles(
+  state: GitState,
+  at: { repository: string; copy: string },
+): Promise<{ drivers: string[]; files: string }> {
+  const drivers = state.filters.filter((name) => /^[\w.-]+$/.test(name))
+  const none = { drivers: [], files: "" }
+  if (drivers.length === 0) return none
+  const filtered = ["--", ...drivers.map((name) => `:(attr:filter=${name})`)]
+  const staged = await capture(git(at.repository, "ls-files", "-z", "--stage", ...filtered))
+  if (staged === "") return none
+  const changed = await capture(git(at.repository, "diff", "--no-ext-diff", "--name-only", "-z", ...filtered))
+  const edited = new Set(changed.split("\0"))
+  const clean = staged.split("\0").flatMap((line) => {
+    const [, mode, object, name] = /^(\d+) ([0-9a-f]+) 0\t(.*)$/s.exec(line) ?? []
+    return mode?.startsWith("100") && !edited.has(name!) && !name!.includes("\n")
+      ? [{ object: object!, name: name! }]
+      : []
+  })
+  const cache = `${at.copy}.filtered`
+  const known = new Map(lines(readText(cache) ?? "").map((line) => line.split("\t") as [string, string]))
+  const seen = clean.map((file) => {
+    const stat = lstat(`${bytes(at.repository)}/${file.name}`)
+    return { ...file, identity: stat ? identityOf(stat) : "" }
+  })
+  const unknown = seen.filter(({ identity }) => !known.has(identity))
+  const hashed = lines(
+    await capture(
+      git(at.repository, "hash-object", "--no-filters", "--stdin-paths"),
+      "throws",
+      Buffer.from(unknown.map(({ name }) => `${name}\n`).join(""), "latin1"),
+    ),
+  )
+  for (const [index, { identity }] of unknown.entries()) known.set(identity, hashed[index]!)
+  const pairs = seen.map(({ identity, object }) => ({ identity, object, content: known.get(identity)! }))
+  replaceFile(
+    path.dirname(at.copy),
+    path.basename(cache),
+    pairs.map(({ identity, content }) => `${identity}\t${content}\n`).join(""),
+  )
+  const files = [...new Set(pairs.map(({ content, object }) => `${content} ${object}\n`))].sort().join("")
+  return { drivers, files }
+}
+
+/** The filter of the copy: knows the files that were uploaded, and leaves all else as it is. */
+const FILTER_SCRIPT = `# usage: filter clean|smudge FILE <CONTENT
+list=$(git rev-parse --absolute-git-dir)/filtered
+content=$(mktemp) || exit 1
+trap 'rm -f "$content"' EXIT
+cat >"$content" || exit 1
+have=$(git hash-object --no-filters "$content") || exit 1
+if [ "$1" = clean ]; then
+  clean=$(awk -v have="$have" '$1 == have { print $2; exit }' "$list")
+  if [ -n "$clean" ]; then git cat-file blob "$clean"; else cat "$content"; fi
+elif [ -f "$2" ] && grep -qxF "$(git hash-object --no-filters -- "$2") $have" "$list"; then
+  cat -- "$2"
+else
+  cat "$content"
+fi
+`
+
+/** Writes a file of the copy whole, and only if its content differs: an unchanged file keeps its stat identity. */
+function replaceFile(directory: string, name: string, content: string | Buffer): void {
+  const wanted = typeof content === "string" ? buffer(content) : content
+  try {
+    if (fs.readFileSync(path.join(directory, name)).equals(wanted)) return
   } catch {
     // it is not there yet
   }
-  fs.writeFileSync(`${file}.new`, wanted)
-  fs.renameSync(`${file}.new`, file)
+  const temporary = path.join(directory, "..", `.${randomName()}`)
+  fs.writeFileSync(temporary, wanted)
+  fs.renameSync(temporary, path.join(directory, name))
 }
 // ── 10. Upload: the remote trees become what the local ones are ─────────────────────────────────────────
 // The agent says whether a tree is what the manifest takes it for. What differs goes by rsync, from explicit
@@ -1954,15 +2134,17 @@ const INLINE_FILES = 24
 async function runAtOnce(context: Context, scans: readonly Scanned[]): Promise<Ran | undefined> {
   const { plan } = context
   const session = context.session!
-  const updates = scans.map(({ manifest, unsettled, sources }, at) =>
-    manifest && !unsettled ? updateOf(plan.trees[at]!, { manifest, sources }) : undefined,
-  )
+  const updates = scans.map((scanned, at) => {
+    const { manifest, unsettled, places, fingerprint, isSame } = scanned
+    const now = manifest && { manifest, places, fingerprint, isSame, get sources() { return scanned.sources } }
+    return now && !unsettled ? updateOf(plan.trees[at]!, now) : undefined
+  })
   if (plan.storePaths.length > 0 || !updates.every((update) => update !== undefined && isSmall(update.delta)))
     return undefined
   const requests = updates.flatMap((update) => {
     const opening = openTree(context, update!.tree, {
       manifests: [update!.agreed],
-      sources: update!.sources,
+      places: update!.places,
       state: "same",
     })
     return [
@@ -2005,43 +2187,53 @@ async function upload(context: Context, scans: readonly Scanned[]): Promise<Tree
   return states
 }
 
-/** `unsettled`: an upload was cut off, and only the other side knows how far it came. */
-type Scanned = Readonly<{
-  manifest: Manifest | undefined
-  unsettled: Manifest | undefined
-  sources: ReadonlyMap<Name, Source>
-}>
+/**
+ * `unsettled`: an upload was cut off, and only the other side knows how far it came. `isSame`: nothing changed here
+ * since the agreed state; then nobody needs the sources.
+ */
+type Scanned = Readonly<{ manifest: Manifest | undefined; unsettled: Manifest | undefined; places: readonly Place[]; fingerprint?: string; isSame: boolean; sources: ReadonlyMap<Name, Source> }>
 
 async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
   const file = manifestFile(context, tree)
-  const manifest = readManifest(file)
-  return {
-    manifest,
-    unsettled: readManifest(`${file}.next`),
-    sources: await scanTree(tree, manifest?.entries, context.env),
-  }
+  const places = await listTree(tree, context.env)
+  const fingerprint = fingerprintOf(places)
+  const saved = readManifest(file)
+  const unsettled = readManifest(`${file}.next`)
+  if (saved && fingerprint !== undefined && saved.fingerprint === fingerprint) return { manifest: saved, unsettled, places, fingerprint, isSame: true, get sources() { return sourcesOf(places, saved.entries) } }
+  const sources = sourcesOf(places, saved?.entries)
+  const manifest = saved && { ...saved, pruned: await stillIgnored({ tree, manifest: saved }, sources) }
+  return { manifest, unsettled, places, fingerprint, isSame: false, sources }
+}
+
+/** The directories that were ignored when the manifest was made, and still are, and hold nothing that travels. */
+async function stillIgnored(state: TreeState, sources: ReadonlyMap<Name, Source>): Promise<readonly Name[]> {
+  const { pruned } = state.manifest
+  if (pruned.length === 0) return []
+  const directories = pruned.map((name) => ({ name, type: "directory" as const }))
+  const { names } = await ignoredNames(state, directories)
+  const holding = new Set([...sources.keys()].flatMap(parentsOf))
+  return pruned.filter((name) => names.has(name) && !holding.has(name))
 }
 
 /** What brings a tree from the agreed state to what it is here now, and the manifest of the state after it. */
-type Update = Readonly<{
-  tree: Tree
-  agreed: Manifest
-  sources: ReadonlyMap<Name, Source>
-  delta: Delta
-  manifest: Manifest
-}>
+type Update = Readonly<{ tree: Tree; agreed: Manifest; places: readonly Place[]; delta: Delta; manifest: Manifest }>
 
-function updateOf(tree: Tree, now: { manifest: Manifest; sources: ReadonlyMap<Name, Source> }): Update {
-  const delta = compareTrees(now.manifest.entries, now.sources)
+type Now = Readonly<{ manifest: Manifest; places: readonly Place[]; fingerprint?: string; isSame: boolean; sources: ReadonlyMap<Name, Source> }>
+
+function updateOf(tree: Tree, now: Now): Update {
+  const { manifest: agreed, places, fingerprint } = now
+  if (now.isSame) return { tree, agreed, places, manifest: agreed, delta: { send: [], remove: [], removeDirectories: [] } }
+  // Nix takes the newest mtime of a `path:` flake, directories included, for lastModified.
+  const newest = tree.kind === "directory" ? newestOf(tree, places) : undefined
+  const changed = newest !== agreed.newest ? newest : undefined
+  const delta = { ...compareTrees(agreed.entries, now.sources), newest: changed }
   const entries = new Map([...now.sources].map(([name, { entry }]) => [name, entry]))
-  const manifest = isEmpty(delta)
-    ? { ...now.manifest, entries }
-    : { token: randomName(), entries, pruned: now.manifest.pruned }
-  return { tree, agreed: now.manifest, sources: now.sources, delta, manifest }
+  const manifest = isEmpty(delta) ? { ...agreed, entries, fingerprint } : { token: randomName(), entries, pruned: agreed.pruned, newest, fingerprint }
+  return { tree, agreed, places, delta, manifest }
 }
 
 const isEmpty = (delta: Delta): boolean =>
-  delta.send.length + delta.remove.length + delta.removeDirectories.length === 0
+  delta.send.length + delta.remove.length + delta.removeDirectories.length === 0 && delta.newest === undefined
 
 /** Whether a delta may ride on the agent's channel. */
 function isSmall({ send, remove }: Delta): boolean {
@@ -2057,15 +2249,15 @@ async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promi
   const manifests = [scanned.manifest, scanned.unsettled, seedManifest(context, tree)].filter(
     (manifest) => manifest !== undefined,
   )
-  const opened = await openTree(context, tree, { manifests, sources: scanned.sources, state: "any" })
+  const opened = await openTree(context, tree, { manifests, places: scanned.places, state: "any" })
   const agreed = manifests.find(({ token, previous }) => opened.token === token || opened.token === previous)
-  let { sources } = scanned
-  let before: Manifest = { token: "", entries: new Map(), pruned: [], ...agreed }
+  let now: Now = { ...scanned, manifest: { token: "", entries: new Map(), pruned: [], ...agreed }, isSame: scanned.isSame && agreed === scanned.manifest }
   if (agreed && opened.changes.length > 0) {
-    before = { ...before, entries: await recover(context, { tree, manifest: agreed }, opened) }
-    sources = await scanTree(tree, before.entries, context.env)
+    const manifest = { ...now.manifest, ...(await recover(context, { tree, manifest: agreed }, opened)) }
+    const places = await listTree(tree, context.env)
+    now = { manifest, places, fingerprint: fingerprintOf(places), isSame: false, sources: sourcesOf(places, manifest.entries) }
   }
-  const update = updateOf(tree, { manifest: before, sources })
+  const update = updateOf(tree, now)
   if (isEmpty(update.delta) && opened.state === "same") return settle(context, update)
   const whole = { ...update, manifest: { ...update.manifest, token: randomName(), previous: undefined } }
   if (whole.delta.send.length > 0) await sendFiles(context, tree, whole.delta)
@@ -2075,14 +2267,12 @@ async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promi
 
 /** An update that the other side has confirmed becomes the agreed state. */
 function settle(context: Context, update: Update): TreeState {
-  const { tree, agreed, manifest } = update
+  const { tree, agreed, manifest, places } = update
   const file = manifestFile(context, tree)
+  if (manifest === agreed) return { tree, manifest, places }
   if (manifest.token !== agreed.token) fs.renameSync(`${file}.next`, file)
-  else if (
-    [...manifest.entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity)
-  )
-    writeManifest(file, manifest)
-  return { tree, manifest: readManifest(file) ?? manifest }
+  else if (manifest.fingerprint !== agreed.fingerprint || [...manifest.entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity)) writeManifest(file, manifest)
+  return { tree, manifest: readManifest(file) ?? manifest, places }
 }
 
 /**
@@ -2099,7 +2289,7 @@ type Opened = Readonly<{
 async function openTree(
   context: Context,
   tree: Tree,
-  known: { manifests: readonly Manifest[]; sources: ReadonlyMap<Name, Source>; state: "same" | "any" },
+  known: { manifests: readonly Manifest[]; places: readonly Place[]; state: "same" | "any" },
 ): Promise<Opened> {
   const [root, only] = remoteRootOf(tree)
   const nested = context.plan.trees.filter(
@@ -2113,7 +2303,7 @@ async function openTree(
     .filter((name) => !name.includes("\n"))
     .map((name) => `./${name.replace(/[*?[\\]/g, "\\$&")}\n`)
   const tokens = known.manifests.flatMap(({ token, previous }) => (previous ? [token, previous] : [token]))
-  const prefixes = [...new Set([...known.sources.values()].map(prefixOf))]
+  const prefixes = [...new Set(known.places.map(prefixOf))]
   const words = [
     tree.id,
     root,
@@ -2129,7 +2319,10 @@ async function openTree(
   return {
     state: state[1] as Opened["state"],
     token: state[2]!,
-    changes: parseChanges(answer.filter((line) => !line.startsWith("s "))),
+    // What is passed over since then only seems to be gone.
+    changes: parseChanges(answer.filter((line) => !line.startsWith("s "))).filter(
+      ({ name, what }) => what !== "deleted" || !pruned.some((directory) => isWithin(name, directory)),
+    ),
     git: parseGitChanges(answer),
   }
 }
@@ -2185,10 +2378,11 @@ async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<vo
       const input = Buffer.from(sources.map(({ inner }) => `${inner}\0`).join(""), "latin1")
       const [command, ...options] = rsyncArguments(
         context.plan.host,
-        sshProgram(context),
+        context.noisy ? pastNoise(sshProgram(context)) : sshProgram(context),
         `${text(root)}/`,
         incomingOf(context.plan, tree) + text(prefix),
       )
+      if (context.noisy) options.unshift(`--rsync-path=${BEGIN}; rsync`)
       const progress = startProgress(
         context,
         "files",
@@ -2208,7 +2402,7 @@ async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<vo
 }
 
 /** What a path's name in the tree has before its name in the directory it is read from: "", or ".git/". */
-const prefixOf = ({ name, inner }: Source): Name => name.slice(0, name.length - inner.length)
+const prefixOf = ({ name, inner }: Pick<Place, "name" | "inner">): Name => name.slice(0, name.length - inner.length)
 
 /** Files that changed while they travelled are sent again next time: what is there is not known. */
 function distrustMoved(entries: ReadonlyMap<Name, Entry>, sent: readonly Source[]): Map<Name, Entry> {
@@ -2238,30 +2432,23 @@ async function sendInline(session: Session, tree: Tree, { root, inner, name, ent
 function commitTree(context: Context, update: Update): Promise<unknown>[] {
   const { tree, delta, manifest } = update
   const session = context.session!
-  writeManifest(`${manifestFile(context, tree)}.next`, {
-    ...manifest,
-    entries: distrustMoved(manifest.entries, delta.send),
-  })
+  const entries = distrustMoved(manifest.entries, delta.send)
+  const isWhole = [...entries.values()].every(({ hash: contents }) => contents !== UNKNOWN)
+  writeManifest(`${manifestFile(context, tree)}.next`, { ...manifest, entries, fingerprint: isWhole ? manifest.fingerprint : undefined })
   const zeroed = (names: readonly Name[]) => names.map((name) => `./${name}\0`).join("")
   return [
     ...(delta.remove.length > 0 ? [session.askBytes("list", tree.id, "remove", zeroed(delta.remove))] : []),
     ...(delta.removeDirectories.length > 0
       ? [session.askBytes("list", tree.id, "rmdir", zeroed(delta.removeDirectories))]
       : []),
-    // Nix takes the newest mtime of a `path:` flake, directories included, for lastModified.
-    ...(tree.kind === "directory"
-      ? [session.ask("list", tree.id, "newest", newestOf(tree, update.sources))]
-      : []),
+    ...(manifest.newest ? [session.ask("list", tree.id, "newest", manifest.newest)] : []),
     session.ask("commit", tree.id, manifest.token),
   ]
 }
 
 /** The newest mtime of a tree in seconds since 1970, its root included. */
-function newestOf(tree: Tree, sources: ReadonlyMap<Name, Source>): string {
-  const stats = [
-    lstat(bytes(tree.local)),
-    ...[...sources.values()].map(({ root, inner }) => lstat(`${root}/${inner}`)),
-  ]
+function newestOf(tree: Tree, places: readonly Place[]): string {
+  const stats = [lstat(bytes(tree.local)), ...places.map(({ stat }) => stat)]
   const newest = stats.reduce((most, stat) => (stat && stat.mtimeNs > most ? stat.mtimeNs : most), 0n)
   return String(newest / 1_000_000_000n)
 }
@@ -2328,7 +2515,7 @@ function openCommandChannel(context: Context): Promise<number> {
   const { plan } = context
   const terminal = wantsTerminal(plan.options)
   const argv = [
-    ...sshArguments(context, terminal ? "-t" : "-T"),
+    ...commandArguments(context, terminal),
     commandLine(plan.host.directory, context.run),
   ]
   return (context.channel ??= foreground(context, argv, { detached: context.multiplexed && !terminal }))
@@ -2427,7 +2614,7 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
       return found ? [{ path: found[2]!, size: Number(found[1]) }] : []
     }),
     exitCode: /^\d{1,3}$/.test(code ?? "") ? Number(code) : EDICT_FAILED,
-    links: [...links, ...inTrees].filter(({ target }) => isStorePath(target)),
+    links: [...joinProfiles(links), ...inTrees],
     changes,
     git: new Map(
       trees.map(({ id, at }, index) => [
@@ -2465,12 +2652,13 @@ export function parseChanges(answer: readonly string[]): Change[] {
     what: now === undefined ? "deleted" : old === undefined ? "created" : "changed",
     type: (now ?? old)!.type,
     mode: (now ?? old)!.mode,
+    size: now?.size ?? 0,
     modeOnly: old !== undefined && now !== undefined && old.content === now.content && old.type === now.type,
     target: targets.get(name),
   }))
 }
 
-type Listed = Readonly<{ type: Change["type"]; mode: number; content: string; name: string }>
+type Listed = Readonly<{ type: Change["type"]; mode: number; size: number; content: string; name: string }>
 
 const nameOf = (listed: string): Name => (listed === "." ? "" : listed.replace(/^\.\//, ""))
 
@@ -2489,7 +2677,8 @@ function parseListed(line: string): Listed {
   const isStat = kind!.startsWith("x")
   const mode = isStat ? Number.parseInt(kind!.slice(1), 16) : Number.parseInt(kind!.slice(1), 8)
   const type = types[isStat ? (mode >> 12).toString(16) : kind![0]!] ?? "other"
-  return { type, mode: mode & 0o7777, content: `${inode} ${size} ${mtime}`, name }
+  const bytesLong = /^\d{1,15}$/.test(size ?? "") ? Number(size) : 0
+  return { type, mode: mode & 0o7777, size: bytesLong, content: `${inode} ${size} ${mtime}`, name }
 }
 
 // ── 12. Results: links that the command made, with their closures ───────────────────────────────────────
@@ -2507,17 +2696,23 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
   if ((await invalidHere(targets)).length > 0)
     await fetchClosures(context, { targets, paths: outcome.closure })
   const blocked: EdictError[] = []
-  for (const { link, target } of outcome.links) {
+  const refused = await refusedLinks(plan, outcome.links)
+  for (const { link, target, isProfile } of outcome.links) {
     const text = linkText(link)
-    const free = text === undefined ? !lstat(bytes(link)) : text.startsWith("/nix/store/")
-    if (!free)
+    const free =
+      text === undefined
+        ? !lstat(bytes(link))
+        : text.startsWith("/nix/store/") || (isProfile === true && isGeneration({ link, target: text }))
+    const why = refused.get(link)
+    if (why) blocked.push(new EdictError(`${shown(link)} ${why}, so it was not made; the result is ${target}`))
+    else if (!free)
       blocked.push(
         new EdictError(
           `${shown(link)} is no link into the store, so it stays; the result is ${target}`,
           `mv ${shellQuote(link)} ${shellQuote(`${link}.mine`)} && nix-store --realise ${target} --add-root ${shellQuote(link)} --indirect`,
         ),
       )
-    else await linkResult(context, { link, target })
+    else await linkResult(context, { link, target, isProfile })
   }
   if (blocked[0]) throw blocked[0]
   if (report.resultLinks.length > 0)
@@ -2530,10 +2725,27 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
 }
 
 /** A link here that is a gc root; Nix replaces only links into the store. */
-async function linkResult(context: Context, result: ResultLink): Promise<void> {
-  fs.mkdirSync(path.dirname(result.link), { recursive: true })
-  await capture(["nix-store", "--realise", result.target, "--add-root", result.link, "--indirect"])
-  context.report.resultLinks.push(result)
+async function linkResult(context: Context, { link, target, isProfile }: ResultLink): Promise<void> {
+  fs.mkdirSync(path.dirname(link), { recursive: true })
+  if (isProfile) await capture(["nix-env", "--profile", link, "--set", target])
+  else await capture(["nix-store", "--realise", target, "--add-root", link, "--indirect"])
+  context.report.resultLinks.push({ link, target })
+}
+
+/** Whether a link leads to one of its own generations, as those of profiles do: `p -> p-7-link`. */
+const isGeneration = ({ link, target }: ResultLink): boolean =>
+  target.startsWith(`${path.basename(link)}-`) && /^\d+-link$/.test(target.slice(path.basename(link).length + 1))
+
+/** The links into the store; a profile and its generation as one, as generations are numbered on each side. */
+function joinProfiles(links: readonly ResultLink[]): ResultLink[] {
+  const generationOf = ({ link, target }: ResultLink) =>
+    links.find((other) => isStorePath(other.target) && other.link === path.join(path.dirname(link), target))
+  const profiles = links.filter((link) => isGeneration(link) && generationOf(link))
+  const generations = new Set(profiles.map(generationOf))
+  return [
+    ...links.filter((link) => isStorePath(link.target) && !generations.has(link)),
+    ...profiles.map((profile) => ({ ...profile, target: generationOf(profile)!.target, isProfile: true })),
+  ]
 }
 
 /** Which of these store paths are not valid here. */
@@ -2713,25 +2925,27 @@ async function syncBack(context: Context, states: readonly TreeState[], outcome:
       `what the command changed is not known: ${shown(problem)}`,
       "run it again: the next run brings home what is over there",
     )
-  for (const state of states) {
-    const changes = outcome.changes.get(state.tree.id) ?? []
-    if (changes.length === 0) continue
-    const home = await bringHome(context, state, {
-      changes,
-      deletions: "honour",
-      staged: (outcome.git.get(state.tree.id)?.index.length ?? 0) > 0,
-    })
-    const manifest = {
-      token: randomName(),
-      previous: state.manifest.token,
-      entries: home.entries,
-      pruned: home.pruned,
-    }
-    writeManifest(manifestFile(context, state.tree), manifest)
-    const gitChanges = outcome.git.get(state.tree.id)
-    if (gitChanges && state.tree.comesHome === "all") await bringCommitsHome(context, state.tree, gitChanges)
-    context.session!.tell("agreed", state.tree.id, manifest.token)
+  const trouble = await firstTrouble(states.map((state) => syncTree(context, state, outcome)))
+  if (trouble) throw trouble
+}
+
+/** Brings home the changes of one tree; from then on both sides agree on what is over there. */
+async function syncTree(context: Context, state: TreeState, outcome: Outcome): Promise<void> {
+  const { tree, manifest } = state
+  const changes = outcome.changes.get(tree.id)
+  if (changes === undefined) return
+  const gitChanges = outcome.git.get(tree.id)
+  let { token } = manifest
+  const sent = (name: Name) => state.places?.some((place) => place.name === name) ?? true
+  const isQuiet = tree.kind === "git" && changes.every((change) => isStoreLink(change) && !sent(change.name))
+  if (!isQuiet) {
+    const staged = (gitChanges?.index.length ?? 0) > 0
+    const home = await bringHome(context, state, { changes, deletions: "honour", staged })
+    token = randomName()
+    writeManifest(manifestFile(context, tree), { token, previous: manifest.token, ...home })
+    if (gitChanges && tree.comesHome === "all") await bringCommitsHome(context, tree, gitChanges)
   }
+  context.session!.tell("agreed", tree.id, token)
 }
 
 /** What came home and what did not, at the end of a run. */
@@ -2752,7 +2966,11 @@ function tellChanges({ report, plan }: Context): void {
 }
 
 /** A tree's changes were found before the upload: an earlier run was cut off, or somebody worked over there. */
-async function recover(context: Context, state: TreeState, opened: Opened): Promise<Map<Name, Entry>> {
+async function recover(
+  context: Context,
+  state: TreeState,
+  opened: Opened,
+): Promise<Pick<Manifest, "entries" | "pruned">> {
   const { tree } = state
   const interrupted = opened.state === "interrupted"
   if (interrupted)
@@ -2761,14 +2979,19 @@ async function recover(context: Context, state: TreeState, opened: Opened): Prom
   const home = await bringHome(
     context,
     { ...state, tree: { ...tree, comesHome } },
-    { changes: opened.changes, deletions: interrupted ? "honour" : "ignore", staged: true },
+    { changes: opened.changes, deletions: interrupted ? "honour" : "ignore", staged: true, earlier: true },
   )
   if (interrupted) await bringCommitsHome(context, tree, opened.git)
-  return home.entries
+  return home
 }
 
 /** `staged`: whether what is staged differs over there; the index file itself changes with every look at it. */
-type Homecoming = Readonly<{ changes: readonly Change[]; deletions: "honour" | "ignore"; staged: boolean }>
+type Homecoming = Readonly<{
+  changes: readonly Change[]
+  deletions: "honour" | "ignore"
+  staged: boolean
+  earlier?: true // the changes of an earlier run
+}>
 
 /** The manifest's entry for a path of which only its type is known. */
 function unknownEntry({ type, mode }: Change): Entry {
@@ -2783,30 +3006,41 @@ async function bringHome(
 ): Promise<{ entries: Map<Name, Entry>; pruned: Name[] }> {
   const { tree, manifest } = state
   const entries = new Map(manifest.entries)
-  const [inGit, files] = partition(coming.changes, ({ name }) => hasGitComponent(name))
+  const [inGit, files] = partition(coming.changes, ({ name }) => name.split("/").includes(".git"))
   // What the command did inside .git stays there; the next upload puts ours in its place again.
   for (const change of inGit) {
     if (change.what === "deleted") entries.delete(change.name)
     else if (change.name !== ".git/index" || coming.staged) entries.set(change.name, unknownEntry(change))
   }
-  const wanted = files.filter((change) => isWanted(tree, change, coming))
+  tellRepositories(context, state, inGit)
+  const deletions = mayDelete(context, state, { ...coming, changes: files }) ? coming.deletions : "ignore"
+  const wanted = files.filter((change) => isWanted(tree, change, { ...coming, deletions }))
+  const guard = await guardOf(tree, wanted)
   const rules = wanted.filter(({ name }) => path.basename(name) === ".gitignore")
   const pruned = new Set(manifest.pruned)
+  const failed: Applied[] = []
   // The ignore rules that the command leaves are the ones that decide on its other files.
   for (const group of [rules, wanted.filter((change) => !rules.includes(change))]) {
     const ignored = await ignoredNames(
-      tree,
-      group.filter(({ name }) => !manifest.entries.has(name)).map(({ name }) => name),
+      state,
+      group.filter(({ name }) => !manifest.entries.has(name)),
     )
     for (const name of ignored.directories) pruned.add(name)
-    const kept = group.filter(({ name }) => !ignored.names.has(name))
-    for (const applied of await applyChanges(context, state, kept)) record(context, tree, entries, applied)
+    const kept = withoutHollow(
+      group.filter(({ name }) => !ignored.names.has(name)),
+      files,
+    )
+    for (const applied of await applyChanges(context, state, { changes: kept, guard })) {
+      record(context, tree, entries, applied)
+      if (applied.verdict === "failed") failed.push(applied)
+    }
   }
+  await rescue(context, state, entries)
   const arriving = new Set(wanted.map(({ name }) => name))
   const left = files.filter(({ name }) => !arriving.has(name))
   const ignored = await ignoredNames(
-    tree,
-    left.filter(({ name }) => !entries.has(name)).map(({ name }) => name),
+    state,
+    left.filter(({ name }) => !entries.has(name)),
   )
   for (const change of left) {
     const { name, what } = change
@@ -2815,7 +3049,41 @@ async function bringHome(
     else if (!ignored.names.has(name) && !(tree.kind === "git" && isStoreLink(change)))
       entries.set(name, unknownEntry(change))
   }
+  if (failed[0])
+    throw new EdictError(
+      `${failed.length} change${failed.length === 1 ? "" : "s"} could not be brought home, everything else is: ${failed.map(({ name, why }) => `${shown(text(name))} ${why}`).join("; ")}`,
+      "mend that and run again: the next run brings home what is left",
+    )
   return { entries, pruned: [...pruned] }
+}
+
+/** Repositories that came into being over there: their files come home, their .git does not. */
+function tellRepositories(context: Context, state: TreeState, inGit: readonly Change[]): void {
+  const known = new Set([...state.manifest.entries.keys()].flatMap(gitDirectoryOf))
+  const made = inGit.filter(({ what }) => what === "created").flatMap(({ name }) => gitDirectoryOf(name))
+  for (const name of new Set(made))
+    if (!known.has(name)) note(context, `${shown(text(name))} was made over there, and stays there`)
+}
+
+/** The topmost .git in a name. */
+const gitDirectoryOf = (name: Name): Name[] => {
+  const parts = name.split("/")
+  return parts.includes(".git") ? [parts.slice(0, parts.indexOf(".git") + 1).join("/")] : []
+}
+
+/** Without new directories whose content all stays over there; one that is empty there comes home. */
+function withoutHollow(kept: readonly Change[], all: readonly Change[]): Change[] {
+  const parents = (changes: readonly Change[]) =>
+    new Set(
+      changes
+        .filter(({ what, type }) => what !== "deleted" && type !== "directory")
+        .flatMap(({ name }) => parentsOf(name)),
+    )
+  const [filled, full] = [parents(kept), parents(all)]
+  return kept.filter(
+    ({ name, what, type }) =>
+      what === "deleted" || type !== "directory" || filled.has(name) || !full.has(name),
+  )
 }
 
 /** Whether a change is of the kind that comes home for this tree. */
@@ -2833,7 +3101,7 @@ function record(context: Context, tree: Tree, entries: Map<Name, Entry>, applied
   const { report } = context
   if (applied.entry) entries.set(applied.name, applied.entry)
   else entries.delete(applied.name)
-  const file = path.relative(context.plan.cwd.local, path.join(rootHere(tree), text(applied.name)))
+  const file = shownPath(context, tree, applied.name)
   if (applied.verdict === "applied" && applied.counts) report.changed.push(file)
   if (applied.verdict === "conflict" || applied.verdict === "refused") {
     const kept = applied.kept === undefined ? undefined : path.relative(context.plan.cwd.local, applied.kept)
@@ -2841,18 +3109,30 @@ function record(context: Context, tree: Tree, entries: Map<Name, Entry>, applied
   }
 }
 
+const shownPath = (context: Context, tree: Tree, name: Name): string =>
+  path.relative(context.plan.cwd.local, path.join(rootHere(tree), text(name)))
+
 /**
- * Which of these new names git ignores here, and the topmost ignored directories among their parents. Asked
- * repository by repository, as git refuses names inside a submodule.
+ * Which of these new names git ignores here, and the topmost ignored directories among their parents that hold
+ * nothing that travels. Asked repository by repository, as git refuses names inside a submodule.
  */
 async function ignoredNames(
-  tree: Tree,
-  names: readonly Name[],
+  { tree, manifest }: TreeState,
+  changes: readonly Pick<Change, "name" | "type">[],
 ): Promise<{ names: Set<Name>; directories: Name[] }> {
   const ignored = new Set<Name>()
-  if (tree.kind !== "git" || names.length === 0) return { names: ignored, directories: [] }
+  // One name that git cannot look up would end its answer.
+  const known = changes.filter(
+    ({ name }) => unsafeName(name) === undefined && !parentProblem(bytes(tree.local), name),
+  )
+  if (tree.kind !== "git" || known.length === 0) return { names: ignored, directories: [] }
   const asked = [
-    ...new Set(names.flatMap((name) => [name, ...parentsOf(name).map((parent) => `${parent}/`)])),
+    ...new Set(
+      known.flatMap(({ name, type }) => [
+        type === "directory" ? `${name}/` : name,
+        ...parentsOf(name).map((parent) => `${parent}/`),
+      ]),
+    ),
   ]
   const groups = Map.groupBy(asked, (name) => repositoryOf(tree, name))
   for (const [repository, members] of groups) {
@@ -2860,20 +3140,25 @@ async function ignoredNames(
     const input = Buffer.from(
       members
         .filter((name) => inner(name) !== "" && inner(name) !== "/")
-        .map((name) => `${inner(name)}\0`)
+        .map((name) => `./${inner(name)}\0`) // a name with a colon in front would be a pattern
         .join(""),
       "latin1",
     )
     if (input.length === 0) continue
     const directory = text(`${bytes(tree.local)}${repository === "" ? "" : `/${repository}`}`)
     const answer = await capture(git(directory, "check-ignore", "-z", "--stdin"), "may-fail", input)
-    for (const name of answer.split("\0"))
+    for (const name of answer.split("\0").map((dotted) => dotted.slice(2)))
       if (name !== "") ignored.add(repository === "" ? name : `${repository}/${name}`)
   }
+  const isIgnored = ({ name, type }: Pick<Change, "name" | "type">) =>
+    ignored.has(type === "directory" ? `${name}/` : name) ||
+    parentsOf(name).some((parent) => ignored.has(`${parent}/`))
+  const names = new Set(known.filter(isIgnored).map(({ name }) => name))
   const directories = [...ignored].filter((name) => name.endsWith("/")).map((name) => name.slice(0, -1))
-  const topmost = directories.filter((name) => !parentsOf(name).some((parent) => ignored.has(`${parent}/`)))
-  for (const name of names) if (parentsOf(name).some((parent) => ignored.has(`${parent}/`))) ignored.add(name)
-  return { names: ignored, directories: topmost }
+  if (directories.length === 0) return { names, directories }
+  const holding = new Set([...manifest.entries.keys()].flatMap(parentsOf))
+  const whole = new Set(directories.filter((name) => !holding.has(name)))
+  return { names, directories: [...whole].filter((name) => !parentsOf(name).some((up) => whole.has(up))) }
 }
 
 /** The nested repository or submodule that a name lies in; "" for the tree itself. */
@@ -2885,38 +3170,243 @@ function repositoryOf(tree: Tree, name: Name): Name {
   )
 }
 
+/** Why changes must not be applied: `refused` are not even fetched, `held` come into the conflict directory. */
+type Guard = Readonly<{ refused: ReadonlyMap<Name, string>; held: ReadonlyMap<Name, string> }>
+
+/** Looks for what could make git or anything else here run what the other side sent. */
+async function guardOf(tree: Tree, changes: readonly Change[]): Promise<Guard> {
+  const refused = new Map<Name, string>()
+  const held = new Map<Name, string>()
+  const root = bytes(rootHere(tree))
+  const bare = bareRepositories(root, changes)
+  const obeyed = await obeyedByGit(tree, changes)
+  for (const { name, what, type } of changes) {
+    const unsafe = unsafeName(name)
+    const inBare = bare.find((directory) => isRepositoryPart(directory, name))
+    const lower = name.toLowerCase()
+    const place = obeyed.find(
+      (obeying) => isWithin(lower, obeying.name) || (type !== "directory" && isWithin(obeying.name, lower)),
+    )
+    if (unsafe) refused.set(name, unsafe)
+    else if (type === "other" && what !== "deleted") refused.set(name, "is no file, directory or link")
+    else if (inBare !== undefined && what !== "deleted")
+      refused.set(name, `would be part of a git repository in ${shown(text(inBare)) || "."}`)
+    else if (place) held.set(name, `is run or obeyed by git here (${place.key}); yours stays`)
+  }
+  return { refused, held }
+}
+
+const REPOSITORY_PARTS =
+  /^(head|objects|refs|commondir|config|config\.worktree|hooks|info|packed-refs|modules|worktrees)$/i
+
+/** Whether a name is one of the parts of a git repository in `directory`. */
+const isRepositoryPart = (directory: Name, name: Name): boolean =>
+  (directory === "" || name.startsWith(`${directory}/`)) &&
+  REPOSITORY_PARTS.test(name.slice(directory === "" ? 0 : directory.length + 1).split("/")[0]!)
+
+/** Directories that git would take for a repository, and obey its config, if these changes were applied. */
+function bareRepositories(root: string, changes: readonly Change[]): Name[] {
+  const parts = new Map<Name, Set<string>>()
+  for (const { name, what } of changes)
+    for (const [at, part] of what === "deleted" ? [] : name.split("/").entries())
+      if (REPOSITORY_PARTS.test(part)) {
+        const directory = name.split("/").slice(0, at).join("/")
+        parts.set(directory, (parts.get(directory) ?? new Set()).add(part.toLowerCase()))
+      }
+  return [...parts].flatMap(([directory, coming]) => {
+    const has = (part: string) =>
+      coming.has(part.toLowerCase()) ||
+      lstat(`${root}/${directory === "" ? "" : `${directory}/`}${part}`) !== undefined
+    return has("HEAD") && ((has("objects") && has("refs")) || has("commondir")) ? [directory] : []
+  })
+}
+
+/** Places in the tree that the git config here tells git to run or to include, in lower case. */
+async function obeyedByGit(
+  tree: Tree,
+  changes: readonly Change[],
+): Promise<{ name: Name; key: string }[]> {
+  if (changes.length === 0 || gitRootOf(rootHere(tree)) === undefined) return []
+  const root = rootHere(tree)
+  const nested = new Set(changes.map(({ name }) => repositoryOf(tree, name)).filter((name) => name !== ""))
+  const tops = [gitRootOf(root)!, ...[...nested].map((name) => path.join(root, text(name)))]
+  const keys = "^(core\\.(hookspath|fsmonitor)|include\\.path|includeif\\..*\\.path)$"
+  const found = tops.map(async (top) => {
+    const words = git(top, "config", "--null", "--show-origin", "--get-regexp", keys)
+    const answer = text(await capture(words, "may-fail")).split("\0")
+    return answer.flatMap((setting, at) => {
+      const origin = answer[at - 1]
+      if (at % 2 === 0 || !origin?.startsWith("file:")) return []
+      const [key, value] = [setting.split("\n")[0]!, setting.slice(setting.indexOf("\n") + 1)]
+      const from = key.startsWith("include") ? path.dirname(path.resolve(top, origin.slice(5))) : top
+      const place = path.resolve(from, value.replace(/^~(?=\/)/, os.homedir()))
+      const real = fs.existsSync(place) ? fs.realpathSync(place) : place
+      return [place, real]
+        .filter((file) => file !== root && isWithin(file, root))
+        .map((file) => ({ name: bytes(path.relative(root, file)).toLowerCase(), key }))
+    })
+  })
+  return (await Promise.all(found)).flat()
+}
+
+/** Result links that must not be made here, with the reason: the other side names them. */
+async function refusedLinks(plan: Plan, links: readonly ResultLink[]): Promise<Map<string, string>> {
+  const refused = new Map<string, string>()
+  for (const tree of plan.trees.filter(({ comesHome }) => comesHome !== "nothing")) {
+    const root = rootHere(tree)
+    const inside = links.filter(({ link }) => isWithin(link, root))
+    const changes = inside.map(({ link }): Change => {
+      const name = bytes(path.relative(root, link))
+      return { name, what: "created", type: "link", mode: 0o777, size: 0, modeOnly: false }
+    })
+    const guard = await guardOf(tree, changes)
+    for (const [at, { name }] of changes.entries()) {
+      const why = guard.refused.get(name) ?? guard.held.get(name) ?? parentProblem(bytes(root), name)
+      if (why) refused.set(inside[at]!.link, why)
+    }
+  }
+  return refused
+}
+
 /** Fetches what was created or changed and applies each change; the order leaves no moment without a renamed file. */
 async function applyChanges(
   context: Context,
   state: TreeState,
-  changes: readonly Change[],
+  coming: { changes: readonly Change[]; guard: Guard },
 ): Promise<Applied[]> {
+  const { changes, guard } = coming
   if (changes.length === 0) return []
   const { tree, manifest } = state
-  const stopped = massDelete(context, tree, manifest, changes)
-  if (stopped) throw stopped
-  const root = bytes(rootHere(tree))
   const places = await workPlaces(tree, context.run)
-  fs.rmSync(buffer(places.stage), { recursive: true, force: true })
-  fs.mkdirSync(buffer(places.stage), { recursive: true, mode: 0o700 })
+  const work: Work = {
+    root: bytes(rootHere(tree)),
+    stage: `${places.stage}/apply`,
+    bin: `${places.stage}/out`,
+    conflicts: places.conflicts,
+    base: manifest.entries,
+    guard: { held: guard.held, refused: new Map(guard.refused) },
+    arrived: new Set(),
+    directories: tree.kind !== "git",
+    inner: new Set(changes.flatMap(({ name }) => parentsOf(name))),
+    swapped: new Map(),
+    temporary: [],
+  }
+  removeAll(places.stage)
   try {
+    fs.mkdirSync(buffer(`${places.stage}/in`), { recursive: true, mode: 0o700 })
+    refuseCollisions(work, changes, isCaseInsensitive(places.stage))
     const fetched = changes.filter(
-      ({ what, type, name }) =>
-        what !== "deleted" && (type === "file" || type === "link") && unsafeName(name) === undefined,
+      ({ what, type, name }) => what !== "deleted" && type !== "directory" && !work.guard.refused.has(name),
     )
-    if (fetched.length > 0) await fetchContents(context, tree, fetched, places.stage)
-    const work = {
-      root,
-      stage: places.stage,
-      conflicts: places.conflicts,
-      base: manifest.entries,
-      swapped: [] as Swapped[],
-    }
+    if (fetched.length > 0) await fetchContents(context, tree, fetched, `${places.stage}/in`)
+    // From here on the directory may hold the only copy of something: see rescue.
+    fs.renameSync(buffer(`${places.stage}/in`), buffer(work.stage))
+    takeIn(work, "")
     const results = inOrder(changes).map((change) => applyChange(work, change))
     return results.map((applied) => recheck(work, applied))
+  } catch (error) {
+    throw asEdictError(error, `changes of ${shown(tree.local)} cannot be brought home`)
   } finally {
-    fs.rmSync(buffer(places.stage), { recursive: true, force: true })
+    for (const file of [...work.temporary, places.stage]) removeAll(file)
     removeIfEmpty(path.posix.dirname(places.stage))
+  }
+}
+
+const asEdictError = (error: unknown, what: string): unknown =>
+  error instanceof Error && "code" in error ? new EdictError(`${what}: ${reason(error)}`) : error
+
+/** What really arrived: walked without following a link, each file on its own and readable. */
+function takeIn(work: Work, prefix: Name): void {
+  const directory = prefix === "" ? work.stage : `${work.stage}/${prefix.slice(0, -1)}`
+  fs.chmodSync(buffer(directory), 0o700)
+  for (const item of fs.readdirSync(buffer(directory), { encoding: "buffer" })) {
+    const name = prefix + item.toString("latin1")
+    const file = `${work.stage}/${name}`
+    const stat = lstat(file)!
+    if (stat.isDirectory()) takeIn(work, `${name}/`)
+    else work.arrived.add(name)
+    if (!stat.isFile()) continue
+    if (stat.nlink > 1n) {
+      const copy = `${work.bin}-${randomName()}`
+      fs.copyFileSync(buffer(file), buffer(copy))
+      moveFile(copy, file)
+    }
+    fs.chmodSync(buffer(file), 0o600)
+  }
+}
+
+/** Whether two names that differ in case are one file in `directory`. */
+function isCaseInsensitive(directory: string): boolean {
+  fs.writeFileSync(buffer(`${directory}/case`), "")
+  return lstat(`${directory}/CASE`) !== undefined
+}
+
+function refuseCollisions(work: Work, changes: readonly Change[], insensitive: boolean): void {
+  const names = changes.filter(({ what }) => what !== "deleted").map(({ name }) => name)
+  const refused = insensitive ? collisions(names) : new Map<Name, Name>()
+  for (const [name, other] of refused)
+    work.guard.refused.set(name, `is the same file as ${shown(text(other))} on this file system`)
+}
+
+/** Names that a file system without case, or without difference of composed letters, takes for an earlier one. */
+export function collisions(names: readonly Name[]): Map<Name, Name> {
+  const first = new Map<string, Name>()
+  const result = new Map<Name, Name>()
+  for (const name of [...names].sort()) {
+    const folded = text(name).normalize("NFC").toLowerCase()
+    const other = first.get(folded)
+    if (other === undefined) first.set(folded, name)
+    else result.set(name, other)
+  }
+  return result
+}
+
+/**
+ * What a run that was killed while it applied changes left behind. Such a directory may hold the only copy of a
+ * save made here in that moment: what is neither known nor lies in its place goes to the conflicts.
+ */
+async function rescue(context: Context, state: TreeState, entries: ReadonlyMap<Name, Entry>): Promise<void> {
+  const { tree, manifest } = state
+  const { stage, conflicts } = await workPlaces(tree, context.run)
+  const parent = path.posix.dirname(stage)
+  if (!lstat(parent)?.isDirectory()) return
+  const root = bytes(rootHere(tree))
+  for (const left of fs.readdirSync(buffer(parent), { encoding: "latin1" })) {
+    const owner = /^(.*)\.(\d+)\.[0-9a-f]+$/s.exec(left)
+    if (owner?.[1] !== bytes(os.hostname()) || isAlive(Number(owner[2]))) continue
+    for (const part of ["apply", "out"]) {
+      const from = `${parent}/${left}/${part}`
+      for (const { inner: name } of lstat(from)?.isDirectory() ? listDirectory(from, "") : []) {
+        const found = stateOf(`${from}/${name}`)
+        const known = [manifest.entries.get(name), entries.get(name), stateOf(`${root}/${name}`)]
+        if (!found || found.type === "directory" || known.some((one) => one?.hash === found.hash)) continue
+        const kept = keep({ conflicts }, name, `${from}/${name}`)
+        context.report.conflicts.push({
+          file: shownPath(context, tree, name),
+          kept: path.relative(context.plan.cwd.local, kept),
+          why: "was being replaced when an earlier run was killed; one of its versions is kept",
+        })
+      }
+    }
+    removeAll(`${parent}/${left}`)
+  }
+  removeIfEmpty(parent)
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    return process.kill(pid, 0)
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EPERM"
+  }
+}
+
+/** Removes a directory of our own with all that is in it; what cannot be removed is left to the next run. */
+function removeAll(directory: string): void {
+  try {
+    fs.rmSync(buffer(directory), { recursive: true, force: true })
+  } catch {
+    // a directory without permissions in it, most likely: nothing here depends on it
   }
 }
 
@@ -2939,37 +3429,51 @@ function inOrder(changes: readonly Change[]): Change[] {
   )
 }
 
-/** An error if the command deleted more of the tree than anybody wants by accident. */
-function massDelete(
-  context: Context,
-  tree: Tree,
-  manifest: Manifest,
-  changes: readonly Change[],
-): EdictError | undefined {
+/**
+ * Whether the deletions among the changes are done here, too. More than anybody wants by accident is asked for, or
+ * allowed by an option, or stops everything. What stopped an earlier run is left out by the next one.
+ */
+function mayDelete(context: Context, { tree, manifest }: TreeState, coming: Homecoming): boolean {
+  const { plan } = context
   const files = [...manifest.entries].filter(
     ([name, { type }]) => type !== "directory" && !hasGitComponent(name),
   ).length
-  const deleted = changes.filter(({ what, type }) => what === "deleted" && type !== "directory").length
-  if (
-    context.plan.options.allowMassDelete ||
-    deleted <= MASS_DELETE_LEAST ||
-    deleted <= files * MASS_DELETE_SHARE
+  const deleted = coming.changes.filter(({ what, type }) => what === "deleted" && type !== "directory").length
+  const few = deleted <= MASS_DELETE_LEAST || deleted <= files * MASS_DELETE_SHARE
+  if (few || coming.deletions === "ignore" || plan.options.allowMassDelete) return true
+  const share = `${deleted} of ${files} files in ${shown(tree.local)}`
+  if (coming.earlier) {
+    note(context, `an earlier command deleted ${share} over there; they stay here and go over again`)
+    return false
+  }
+  if (askUser(`the command deleted ${share} over there. Delete them here, too? [y/N] `)) return true
+  throw new EdictError(
+    `the command deleted ${share} over there; nothing of it was applied here`,
+    "to delete them here, too: run it again with --allow-mass-delete; to bring them back there: run it again without",
   )
-    return undefined
-  return new EdictError(
-    `the command deleted ${deleted} of ${files} files in ${shown(tree.local)} over there; nothing of it was applied here`,
-    "to delete them here, too: run it again with --allow-mass-delete",
-  )
+}
+
+/** Asks on the terminal; no without one. */
+function askUser(question: string): boolean {
+  if (![0, 2].every((descriptor) => isTerminal(descriptor))) return false
+  process.stderr.write(`edict: ${question}`)
+  const answer = Buffer.alloc(100)
+  try {
+    return /^y(es)?\s*$/i.test(answer.toString("latin1", 0, fs.readSync(0, answer)))
+  } catch {
+    return false
+  }
 }
 
 /** Private directories on the tree's file system: for what arrives, and for the remote side of conflicts. */
 async function workPlaces(tree: Tree, run: string): Promise<{ stage: string; conflicts: string }> {
+  const mine = `${bytes(os.hostname())}.${process.pid}.${run}`
   if (tree.kind !== "git") {
     const root = bytes(rootHere(tree))
-    return { stage: `${root}/.edict-stage/${run}`, conflicts: `${root}/.edict-conflicts/${run}` }
+    return { stage: `${root}/.edict-stage/${mine}`, conflicts: `${root}/.edict-conflicts/${run}` }
   }
   const directory = (await capture(git(tree.local, "rev-parse", "--absolute-git-dir"))).replace(/\n$/, "")
-  return { stage: `${directory}/edict/stage/${run}`, conflicts: `${directory}/edict/conflicts/${run}` }
+  return { stage: `${directory}/edict/stage/${mine}`, conflicts: `${directory}/edict/conflicts/${run}` }
 }
 
 /** Brings the contents of changed files into `stage`: one ssh, one tar, no byte through this program. */
@@ -2981,11 +3485,33 @@ async function fetchContents(
 ): Promise<void> {
   const names = changes.map(({ name }) => `./${name}\0`).join("")
   const input = `${encodeScript(FETCH_SCRIPT)}\n${remoteRootOf(tree)[0]}\n${encodeWord(names, "latin1")}\n`
+  const limit = fetchLimit(changes)
+  const { bavail, bsize } = fs.statfsSync(buffer(stage))
+  if (limit.announced > bavail * bsize)
+    throw new EdictError(
+      `the changes of ${shown(tree.local)} are ${Math.ceil(limit.announced / 2 ** 20)} MiB; there is no space left for them here`,
+      "free some space here; the next run brings them home",
+    )
   const unpack = ["tar", "-xmof", "-", "-C", text(stage)]
-  await execute(context, pipeline([...sshArguments(context), BOOT_LINE], unpack), {
+  const stages = [[...sshArguments(context), BOOT_LINE], ["head", "-c", String(limit.bytes)], unpack]
+  await execute(context, pipeline(...stages), {
     input: Buffer.from(input, "latin1"),
     what: `retrieval of changes of ${shown(tree.local)}`,
+    failure: (_, errors) =>
+      /Unexpected EOF|truncated|short read/i.test(errors)
+        ? new EdictError(
+            `the changes of ${shown(tree.local)} were cut off, or more than ${context.plan.host.name} had announced; nothing of them was applied here`,
+            "run again: the next run brings them home",
+          )
+        : undefined,
   })
+}
+
+/** How much the other side announced, and how much it may send: tar's headers, padding and long names on top. */
+function fetchLimit(changes: readonly Change[]): { announced: number; bytes: number } {
+  const announced = changes.reduce((sum, { size }) => sum + size, 0)
+  const headers = changes.reduce((sum, { name, target }) => sum + 4096 + 4 * name.length + 4 * (target ?? "").length, 0)
+  return { announced, bytes: Math.ceil(announced * 1.25) + headers + 2 ** 24 }
 }
 
 /**
@@ -3017,39 +3543,77 @@ function hasGitComponent(name: Name): boolean {
 type Work = {
   readonly root: string
   readonly stage: string
+  readonly bin: string // what was deleted here, until the end
   readonly conflicts: string
   readonly base: ReadonlyMap<Name, Entry>
-  readonly swapped: Swapped[]
+  readonly guard: { readonly held: ReadonlyMap<Name, string>; readonly refused: Map<Name, string> }
+  readonly arrived: Set<Name>
+  readonly directories: boolean // whether directories belong to the tree: they do outside git
+  readonly inner: ReadonlySet<Name> // directories with a change below them
+  readonly swapped: Map<Name, Swapped>
+  readonly temporary: string[]
 }
-type Swapped = Readonly<{ name: Name; old: string; identity: string }>
+type Swapped = Readonly<{ old: string; identity: string }>
 
-/** One change, three-way. Everything up to the verdict happens at once: nothing else of this program runs between. */
+/** One change. What fails here fails for this path alone, and the other side's version is kept if it can be. */
 function applyChange(work: Work, change: Change): Applied {
   const { name } = change
-  const refuse = unsafeName(name) ?? (change.type === "other" ? "is no file, directory or link" : undefined)
+  try {
+    return mergeChange(work, change)
+  } catch (error) {
+    const why = `could not be written here: ${reason(error)}`
+    try {
+      const theirs = change.what === "deleted" || change.type === "directory" ? undefined : arrived(work, change)
+      if (theirs) return conflict(work, change, theirs, why)
+    } catch {
+      // it cannot be kept either: it stays over there, and the next run tries again
+    }
+    return { name, verdict: "failed", why }
+  }
+}
+
+/** One change, three-way. Everything up to the verdict happens at once: nothing else of this program runs between. */
+function mergeChange(work: Work, change: Change): Applied {
+  const { name } = change
+  const refuse = work.guard.refused.get(name)
   if (refuse) return { name, verdict: "refused", why: refuse }
-  const staged = `${work.stage}/${name}`
-  const remote = change.what === "deleted" || change.type === "directory" ? undefined : stateOf(staged)
-  if (change.what !== "deleted" && change.type !== "directory" && remote?.type !== change.type)
-    return { name, verdict: "refused", why: "did not arrive as what it was named" }
-  const theirs: Entry | undefined =
-    change.type === "directory" && change.what !== "deleted"
-      ? { type: "directory", mode: change.mode, identity: "", hash: "" }
-      : remote && { type: remote.type, mode: change.mode & 0o777, identity: "", hash: remote.hash }
   const blocked = parentProblem(work.root, name)
+  if (change.what === "deleted") return blocked ? { name, verdict: "same" } : applyDeletion(work, change)
+  const theirs: Entry | undefined =
+    change.type === "directory"
+      ? { type: "directory", mode: change.mode & 0o777, identity: "", hash: "" }
+      : arrived(work, change)
+  if (!theirs) return { name, verdict: "refused", why: "did not arrive as what it was named" }
   if (blocked) return conflict(work, change, theirs, blocked)
-  if (change.what === "deleted") return applyDeletion(work, change)
-  if (change.type === "directory") return applyDirectory(work, change, theirs!)
-  const local = stateOf(`${work.root}/${name}`)
+  if (change.type === "directory") return applyDirectory(work, change, theirs)
+  const target = `${work.root}/${name}`
+  const local = stateOf(target)
   const base = work.base.get(name)
-  if (local && local.type === theirs!.type && local.hash === theirs!.hash)
-    return settleMode(work, change, theirs!, base)
-  if (!local && base && change.what === "changed")
-    return conflict(work, change, theirs, "was deleted here and changed there")
-  if (!local) return createFile(work, change, theirs!)
+  const held = work.guard.held.get(name)
+  const isLike = (other: { type: string; hash: string } | undefined) =>
+    other !== undefined && other.type === theirs.type && other.hash === theirs.hash
+  if (isLike(base) && local?.type !== theirs.type) return { name, verdict: "same", entry: theirs }
+  if (isLike(base) || isLike(local)) return settleMode(work, change, theirs, base)
+  if (held) return conflict(work, change, theirs, held)
+  if (!local && lstat(target)) return conflict(work, change, theirs, "is no file, directory or link here")
+  if (!local && base) return conflict(work, change, theirs, "was deleted here and changed there")
+  if (local?.type === "directory") {
+    removeIfEmpty(target)
+    if (lstat(target)) return conflict(work, change, theirs, "is a directory here")
+    return createFile(work, change, theirs)
+  }
+  if (!local) return createFile(work, change, theirs)
   if (!base || base.hash !== local.hash || base.type !== local.type)
     return conflict(work, change, theirs, base ? "was changed here and there" : "was made here and there")
-  return replaceLocal(work, change, theirs!, local)
+  return replaceLocal(work, change, theirs, local)
+}
+
+/** The staged version of a change, if it arrived as what it was announced. */
+function arrived(work: Work, change: Change): Entry | undefined {
+  const staged = work.arrived.has(change.name) ? stateOf(`${work.stage}/${change.name}`) : undefined
+  return staged?.type === change.type
+    ? { type: staged.type, mode: change.mode & 0o777, identity: "", hash: staged.hash }
+    : undefined
 }
 
 /** Why the directories above a name cannot be walked: each must be a real directory, or not there yet. */
@@ -3058,20 +3622,28 @@ function parentProblem(root: string, name: Name): string | undefined {
     const stat = lstat(`${root}/${parent}`)
     if (!stat) return undefined
     if (!stat.isDirectory()) return `cannot be placed: ${shown(text(parent))} is no directory here`
-    if (parent !== "" && lstat(`${root}/${parent}/.git`) && !name.startsWith(`${parent}/`))
-      return "lies in a repository of its own"
   }
   return undefined
 }
 
 /** Ours stays; theirs, if it has a content, goes to the conflict directory. */
-function conflict(work: Work, change: Change, theirs: Entry | undefined, why: string): Applied {
+function conflict(work: Work, change: Change, theirs: Entry, why: string): Applied {
   const { name } = change
-  const kept = `${work.conflicts}/${name}`
-  if (!theirs || theirs.type === "directory") return { name, verdict: "conflict", why, entry: theirs }
+  if (theirs.type === "directory")
+    return { name, verdict: "conflict", why, entry: work.directories ? theirs : undefined }
+  const mode = withExecutable(0o666 & ~currentUmask(), work.guard.held.has(name) ? 0 : theirs.mode)
+  if (theirs.type === "file") fs.chmodSync(buffer(`${work.stage}/${name}`), mode)
+  return { name, verdict: "conflict", why, kept: keep(work, name, `${work.stage}/${name}`), entry: theirs }
+}
+
+/** Moves a file into the conflict directory; answers its path. */
+function keep(work: Pick<Work, "conflicts">, name: Name, from: string): string {
+  const wanted = `${work.conflicts}/${name}`
+  const kept = lstat(wanted) ? `${wanted}.${randomName().slice(0, 8)}` : wanted
   fs.mkdirSync(buffer(path.posix.dirname(kept)), { recursive: true, mode: 0o700 })
-  fs.renameSync(buffer(`${work.stage}/${name}`), buffer(kept))
-  return { name, verdict: "conflict", why, kept: text(kept), entry: theirs }
+  if (deviceOf(from) === deviceOf(path.posix.dirname(kept))) moveFile(from, kept)
+  else copyBeside(from, kept)
+  return text(kept)
 }
 
 /** What lies here now is what both sides agree on. */
@@ -3081,7 +3653,10 @@ function agreed(work: Work, name: Name, theirs: Entry, counts: Applied["counts"]
   return { name, verdict: counts ? "applied" : "same", counts, entry: { ...theirs, mode, identity: "" } }
 }
 
-/** Equal contents: the executable bit follows a side that changed it; all bits do if the command did just a chmod. */
+/**
+ * The content is settled: theirs is ours, or what was sent. The executable bit follows a side that changed it; all
+ * bits do if the command did just a chmod.
+ */
 function settleMode(work: Work, change: Change, theirs: Entry, base: Entry | undefined): Applied {
   const target = `${work.root}/${change.name}`
   const stat = lstat(target)!
@@ -3091,6 +3666,8 @@ function settleMode(work: Work, change: Change, theirs: Entry, base: Entry | und
   const wanted = change.modeOnly ? theirs.mode : withExecutable(mode, theirs.mode)
   if (wanted === mode) return agreed(work, change.name, theirs, undefined)
   if (base && mode !== base.mode) return conflict(work, change, theirs, "had its mode changed here and there")
+  const held = work.guard.held.get(change.name)
+  if (held) return conflict(work, change, theirs, held)
   fs.chmodSync(buffer(target), wanted)
   return agreed(work, change.name, theirs, "counts")
 }
@@ -3121,23 +3698,76 @@ function createFile(work: Work, change: Change, theirs: Entry): Applied {
  */
 function replaceLocal(work: Work, change: Change, theirs: Entry, local: LocalState): Applied {
   const { name } = change
-  const [target, staged] = [`${work.root}/${name}`, `${work.stage}/${name}`]
+  const target = `${work.root}/${name}`
+  const base = work.base.get(name)
+  const fresh = onDeviceOf(work, target, `${work.stage}/${name}`)
+  const own = local.type === "file" ? local.mode : 0o666 & ~currentUmask()
+  const keepsBits = base?.type === "file" && (base.mode & 0o100) === (theirs.mode & 0o100)
   if (theirs.type === "file")
-    fs.chmodSync(
-      buffer(staged),
-      local.type === "file"
-        ? withExecutable(local.mode, theirs.mode)
-        : withExecutable(0o666 & ~currentUmask(), theirs.mode),
-    )
-  exchange(staged, target)
-  const out = stateOf(staged)
-  if (!out || out.hash !== local.hash || out.type !== local.type) {
-    exchange(staged, target)
-    return conflict(work, change, theirs, "was changed here and there")
+    fs.chmodSync(buffer(fresh), keepsBits ? own : withExecutable(own, theirs.mode))
+  if (!exchange(fresh, target)) return replaceByMoves(work, change, theirs, { local, fresh })
+  const identity = contentIdentity(fresh)
+  const out = stateOf(fresh)
+  if (out?.hash === local.hash && out.type === local.type) {
+    work.swapped.set(name, { old: fresh, identity })
+    return agreed(work, name, theirs, "counts")
   }
-  work.swapped.push({ name, old: staged, identity: contentIdentity(staged) })
+  // It was changed here in between: back with it. A still newer save, if there is one, comes out here, too.
+  if (!exchange(fresh, target)) linkOrCopy(fresh, target)
+  if (stateOf(fresh)?.hash !== theirs.hash) return keptOurs(work, name, fresh)
+  return conflict(work, change, theirs, "was changed here and there")
+}
+
+/** The same on a file system that cannot exchange: moved out, looked at, and the new one linked into the gap. */
+function replaceByMoves(
+  work: Work,
+  change: Change,
+  theirs: Entry,
+  files: { local: LocalState; fresh: string },
+): Applied {
+  const { name } = change
+  const target = `${work.root}/${name}`
+  const old = binFor(work, name)
+  const why = "was changed here and there"
+  try {
+    moveFile(target, old)
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error
+    return conflict(work, change, theirs, "was deleted here and changed there")
+  }
+  const identity = contentIdentity(old)
+  const out = stateOf(old)
+  if (out?.hash !== files.local.hash || out.type !== files.local.type)
+    return putBack(old, target) ? conflict(work, change, theirs, why) : keptOurs(work, name, old)
+  try {
+    linkOrCopy(files.fresh, target)
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "EEXIST") return conflict(work, change, theirs, why)
+    putBack(old, target)
+    throw error
+  }
+  work.swapped.set(name, { old, identity })
   return agreed(work, name, theirs, "counts")
 }
+
+/** Puts what was moved out into its place again; false if something else is there by now. */
+function putBack(file: string, target: string): boolean {
+  try {
+    linkOrCopy(file, target)
+    return true
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error
+    return false
+  }
+}
+
+/** A version of ours that a still newer one of ours has replaced: kept all the same. */
+const keptOurs = (work: Work, name: Name, file: string): Applied => ({
+  name,
+  verdict: "conflict",
+  why: "was written here again and again while it was replaced; one of your versions is kept",
+  kept: keep(work, name, file),
+})
 
 /** A deletion: moved out of the tree, looked at, and put back if it is not what the command deleted. */
 function applyDeletion(work: Work, change: Change): Applied {
@@ -3145,57 +3775,83 @@ function applyDeletion(work: Work, change: Change): Applied {
   const target = `${work.root}/${name}`
   const stat = lstat(target)
   if (!stat) return { name, verdict: "same" }
-  if (change.type === "directory" || stat.isDirectory()) {
-    if (stat.isDirectory() && change.type === "directory") removeIfEmpty(target)
+  if (stat.isDirectory()) {
+    if (change.type === "directory") removeIfEmpty(target)
     return { name, verdict: "same" }
   }
   const base = work.base.get(name)
-  const bin = `${work.stage}/.deleted-${work.swapped.length}-${randomName()}`
-  if (!base) return { name, verdict: "conflict", why: "was deleted there, and made here" }
+  if (!base || change.type === "directory") return { name, verdict: "same" }
+  const stays = (why: string): Applied => ({ name, verdict: "conflict", why })
+  const edited = "was changed here and deleted there; it stays"
   const before = stateOf(target)
-  if (before?.hash !== base.hash || before.type !== base.type)
-    return { name, verdict: "conflict", why: "was changed here and deleted there; it stays" }
-  moveFile(target, bin)
-  const out = stateOf(bin)
-  if (out?.hash !== base.hash) {
-    linkOrCopy(bin, target)
-    return { name, verdict: "conflict", why: "was changed here and deleted there; it stays" }
-  }
-  work.swapped.push({ name, old: bin, identity: contentIdentity(bin) })
+  if (before?.hash !== base.hash || before.type !== base.type) return stays(edited)
+  if (before.type === "file" && before.mode !== base.mode) return stays(edited)
+  const held = work.guard.held.get(name)
+  if (held) return stays(held)
+  const old = binFor(work, name)
+  moveFile(target, old)
+  const identity = contentIdentity(old)
+  if (stateOf(old)?.hash !== base.hash)
+    return putBack(old, target) ? stays(edited) : keptOurs(work, name, old)
+  work.swapped.set(name, { old, identity })
   return { name, verdict: "applied", counts: "counts" }
 }
 
 function applyDirectory(work: Work, change: Change, theirs: Entry): Applied {
   const { name } = change
   const target = `${work.root}/${name}`
-  const local = stateOf(target)
-  const base = work.base.get(name)
-  if (lstat(target)?.isDirectory()) return { name, verdict: "same", entry: undefined }
-  if (local && (!base || base.hash !== local.hash))
-    return conflict(work, change, theirs, "is a directory there and something else here")
-  if (local) applyDeletion(work, { ...change, what: "deleted", type: local.type })
+  const entry = work.directories ? theirs : undefined
+  const stat = lstat(target)
+  if (stat?.isDirectory()) return { name, verdict: "same", entry }
+  if (stat) {
+    const before = work.base.get(name)
+    const removed = before && applyDeletion(work, { ...change, what: "deleted", type: before.type })
+    if (lstat(target))
+      return conflict(work, change, theirs, removed?.why ?? "is a directory there and something else here")
+  }
   fs.mkdirSync(buffer(target), { recursive: true })
-  return { name, verdict: "same", entry: undefined }
+  return { name, verdict: "applied", counts: work.inner.has(name) ? undefined : "counts", entry }
 }
 
-/** Whether somebody who had the old file open wrote into it after it was exchanged: then it comes back. */
+/** Whether somebody who had the old file open wrote into it after it was replaced: then it comes back. */
 function recheck(work: Work, applied: Applied): Applied {
-  const swapped = work.swapped.find(({ name }) => name === applied.name)
+  const { name } = applied
+  const swapped = work.swapped.get(name)
   if (!swapped || contentIdentity(swapped.old) === swapped.identity) return applied
-  const target = `${work.root}/${applied.name}`
+  const target = `${work.root}/${name}`
+  const stat = lstat(target)
   const why = "was written here while it was replaced"
-  if (!lstat(target)) {
-    linkOrCopy(swapped.old, target)
-    return { name: applied.name, verdict: "conflict", why }
-  }
-  exchange(swapped.old, target)
-  return conflict(
-    { ...work, stage: path.posix.dirname(swapped.old) },
-    { name: path.posix.basename(swapped.old), what: "changed", type: "file", mode: 0, modeOnly: false },
-    applied.entry,
-    why,
-  )
+  if (!stat && putBack(swapped.old, target)) return { name, verdict: "conflict", why }
+  if (!stat || stat.isDirectory() || !exchange(swapped.old, target)) return keptOurs(work, name, swapped.old)
+  return { name, verdict: "conflict", why, kept: keep(work, name, swapped.old), entry: applied.entry }
 }
+
+/** Where what is deleted at `name` waits for the end: on the same file system, out of the tree if that can be. */
+function binFor(work: Work, name: Name): string {
+  const directory = path.posix.dirname(`${work.root}/${name}`)
+  if (deviceOf(directory) !== deviceOf(work.stage)) return beside(work, directory)
+  const bin = `${work.bin}/${name}`
+  fs.mkdirSync(buffer(path.posix.dirname(bin)), { recursive: true, mode: 0o700 })
+  return bin
+}
+
+/** A staged file on the file system of its target: copied there if the stage lies on another one. */
+function onDeviceOf(work: Work, target: string, staged: string): string {
+  const directory = path.posix.dirname(target)
+  if (deviceOf(directory) === deviceOf(work.stage)) return staged
+  const copy = beside(work, directory)
+  copyFile(staged, copy)
+  return copy
+}
+
+/** A new name in a directory of the tree, removed at the end. */
+function beside(work: Work, directory: string): string {
+  const file = `${directory}/.edict-stage-${randomName()}`
+  work.temporary.push(file)
+  return file
+}
+
+const deviceOf = (file: string): bigint | undefined => lstat(file)?.dev
 // ── 14. Commits: what the command did to git comes home as git's own objects ────────────────────────────
 // A pack that git verifies, then refs by compare-and-swap, fast-forward only, then the index path by path. Files
 // of .git never travel home.
@@ -3531,18 +4187,25 @@ place() (
   done <"$meta/directories"
 )
 
+# Makes $1, in seconds, the newest mtime below the current directory: rsync and mkdir leave directories newer.
+date_back() {
+  touch -d "@$1" "$meta/stamp" || touch -t "$(date -r "$1" +%Y%m%d%H%M.%S)" "$meta/stamp" || return 1
+  find . \( -type d -o -newer "$meta/stamp" \) -exec touch -h -r "$meta/stamp" {} +
+}
+
 # Finishes an upload that came whole; safe to repeat after a crash.
 settle() {
   mkdir -p "$tree" || return 1
   [ ! -s "$meta/remove" ] || (cd "$tree" && xargs -0 rm -f -- <"$meta/remove") || return 1
   [ ! -s "$meta/rmdir" ] || (cd "$tree" && xargs -0 rmdir -- <"$meta/rmdir") 2>/dev/null || :
   [ ! -d "$meta/in" ] || place || return 1
-  if [ -f "$tree/.git/index" ] && command -v git >/dev/null; then
-    git -C "$tree" update-index -q --refresh >/dev/null 2>&1 || :
+  if [ ! -s "$meta/newest" ] && [ -f "$tree/.git/index" ] && command -v git >/dev/null; then
+    while IFS= read -r prefix; do
+      case $prefix in *.git/) git -C "$tree/$prefix.." update-index -q --refresh ;; esac
+    done <"$meta/prefixes" >/dev/null 2>&1
     git_state >"$meta/git" 2>/dev/null || rm -f "$meta/git"
   fi
-  newest=$(cat "$meta/newest" 2>/dev/null) || newest=
-  if [ -n "$newest" ]; then (cd "$tree" && find . -name .git -prune -o -type d -print0 | xargs -0 touch -d "@$newest") 2>/dev/null || :; fi
+  if [ -s "$meta/newest" ]; then (cd "$tree" && date_back "$(cat "$meta/newest")") 2>/dev/null || :; fi
   list >"$meta/base.new" && mv "$meta/base.new" "$meta/base" || return 1
   ls -di "$tree" >"$meta/root" && mv "$meta/next" "$meta/token" || return 1
   rm -rf "$meta/in" "$meta/remove" "$meta/rmdir" "$meta/newest" "$meta/running"
@@ -3579,6 +4242,7 @@ seed_tree() {
 
 do_hello() {
   base=$1
+  say # ends what the login shell may have printed
   case $base in /*) ;; *) base=$HOME/$base ;; esac
   for tool in find stat awk tr xargs tar sed paste mkfifo cmp readlink; do
     command -v "$tool" >/dev/null || { why="needs $tool over there"; return 1; }
@@ -3604,8 +4268,9 @@ do_tree() {
   mkdir -p "$tree" || { why="cannot make $tree"; return 1; }
   if [ -e "$meta/next" ]; then settle || rm -f "$meta/next" "$meta/token"; fi
   rm -rf "$meta/in"
-word "$6"
-  printf '%s\n' "$decoded" | while IFS= read -r prefix; do mkdir -p "$meta/in/$prefix" || exit 1; done || { why="cannot write to $meta"; return 1; }
+  word "$6"
+  printf '%s\n' "$decoded" >"$meta/prefixes"
+  while IFS= read -r prefix; do mkdir -p "$meta/in/$prefix" || exit 1; done <"$meta/prefixes" || { why="cannot write to $meta"; return 1; }
   token=$(cat "$meta/token" 2>/dev/null) || token=
   word "$5"
   case " $decoded " in *" $token "*) known=1 ;; *) known= ;; esac
@@ -3745,6 +4410,7 @@ alive() { for p; do kill -0 "$p" 2>/dev/null && return 0; done; return 1; }
 stop_command() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
   all=$(family "$pid")
+  kill -TERM -- "-$pid" 2>/dev/null # at once, so that no script goes on to its next command
   # shellcheck disable=SC2086
   kill -TERM $all 2>/dev/null
   # shellcheck disable=SC2086
@@ -3759,7 +4425,7 @@ do_signal() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
   true >"$run/signalled"
   kill -s "$1" -- "-$pid"
-  [ "$1" = INT ] || (exec </dev/null >/dev/null; sleep_while_running 8 && stop_command) &
+  [ "$1" = INT ] || (exec </dev/null >/dev/null 2>&1; sleep_while_running 8 && stop_command) &
 }
 
 sleep_while_running() { for _ in $(seq "$1"); do sleep 1; { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || return 1; done; }
@@ -3803,8 +4469,10 @@ IFS= read -r tree
 IFS= read -r names
 case $tree in /*) ;; *) tree=$HOME/$tree ;; esac
 cd "$tree" || exit 1
-if tar --version 2>/dev/null | grep -qE 'GNU|bsdtar'; then
-  printf '%b' "$names" | exec tar -cf - --null --no-recursion -T -
+kind=$(tar --version 2>/dev/null) || kind=
+case $kind in *GNU*) set -- --ignore-failed-read ;; *) set -- ;; esac
+if printf '%s' "$kind" | grep -qE 'GNU|bsdtar'; then
+  printf '%b' "$names" | exec tar -cf - "$@" --null --no-recursion -T -
 else
   stage=$(mktemp -d) || exit 1
   printf '%b' "$names" | xargs -0 sh -c 'for f; do mkdir -p "$0/$\{f%/*}" && cp -Pp -- "$f" "$0/$f" || exit 1; done' "$stage" || exit 1
@@ -3857,7 +4525,8 @@ EDICT_RUN=$\{run##*/}
 export EDICT_RUN
 trap : INT QUIT TERM HUP
 unset run line directory decoded word version minor
-"$@" 9>&-
+exec 8>&2 2>/dev/null # this shell need not say that a signal ended the command
+"$@" 2>&8 8>&- 9>&-
 code=$?
 echo "$code" >&9
 exit "$code"
@@ -3885,6 +4554,7 @@ type Context = {
   readonly control: string // path of the multiplexing socket, "" without
   readonly children: Set<Killable>
   multiplexed: boolean
+  noisy: boolean // the login shell prints something of its own
   roundTrip: number // milliseconds, as the first answer suggests
   channel?: Promise<number> // of the command: ends with its ssh
   session?: Session
@@ -3897,6 +4567,9 @@ async function connect(context: Context): Promise<void> {
   context.session = await openSession(context)
 }
 
+/** How much the agent may say in one answer: some 100 bytes for each file that the command changed. */
+const ANSWER_LIMIT = 2 ** 28
+
 /** Starts the agent and waits for its greeting; whatever the login shell prints before it is passed over. */
 async function openSession(context: Context): Promise<Session> {
   const { plan } = context
@@ -3904,13 +4577,22 @@ async function openSession(context: Context): Promise<Session> {
   const waiting: { lines: string[]; resolve: (lines: string[]) => void; reject: (error: Error) => void }[] =
     []
   let rest = ""
+  let received = 0
   let ended: Error | undefined
   child.onOutput((chunk) => {
+    received += chunk.length
+    if (received > ANSWER_LIMIT) {
+      ended = new EdictError(`${plan.host.name} answers without an end: more than ${ANSWER_LIMIT >> 20} MiB`)
+      child.handle.kill("SIGKILL")
+      for (const { reject } of waiting.splice(0)) reject(ended)
+      return
+    }
     const parts = (rest + chunk).split("\n")
     rest = parts.pop()!
     for (const line of parts) {
       if (plan.options.verbosity > 1) say(`< ${shown(line)}`)
       const first = waiting[0]
+      if (line.startsWith(".")) received = 0
       if (line === ".ok") waiting.shift()?.resolve(first!.lines)
       else if (line.startsWith(".fail "))
         waiting
@@ -3924,12 +4606,12 @@ async function openSession(context: Context): Promise<Session> {
     }
   })
   const end = child.ended.then((code) => {
-    ended =
-      code === 255
+    ended ??=
+      code === 255 && context.roundTrip === 0
         ? sshError(plan.host, child.errors())
         : new EdictError(
-            `the connection to ${plan.host.name} ended${because(child.errors())}`,
-            "",
+            `the connection to ${plan.host.name} was lost${because(child.errors())}`,
+            context.running ? "the same again: what the command changed until then comes home first" : "",
             SSH_FAILED,
           )
     for (const { reject } of waiting.splice(0)) reject(ended)
@@ -3962,7 +4644,10 @@ async function openSession(context: Context): Promise<Session> {
   send(encodeScript(AGENT_SCRIPT))
   const greeting = session
     .ask("hello", plan.root, plan.host.directory, context.run)
-    .then((answer) => new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2))))
+    .then((answer) => {
+      context.noisy = answer.some((line) => line !== "" && !line.startsWith("f "))
+      return new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2)))
+    })
   greeting.then(
     () => (context.roundTrip = (performance.now() - began) / 3),
     () => undefined,
@@ -3981,13 +4666,32 @@ function sshProgram(context: Pick<Context, "plan" | "control">): string[] {
   return ["ssh", ...control, "-o", "RequestTTY=no", ...context.plan.host.sshOptions]
 }
 
-/** ssh up to the host; the remote line follows. `terminal` is -t or -T. */
-function sshArguments(context: Pick<Context, "plan" | "control">, terminal: "-t" | "-T" = "-T"): string[] {
-  const options = sshProgram(context).filter(
-    (word, at, all) => terminal === "-T" || (word !== "RequestTTY=no" && all[at + 1] !== "RequestTTY=no"),
-  )
-  return [...options, terminal === "-t" ? "-tt" : "-T", "--", context.plan.host.destination]
+/** ssh up to the host, for edict's own talk; the remote line follows. */
+function sshArguments(context: Pick<Context, "plan" | "control" | "noisy">): string[] {
+  const argv = [...sshProgram(context), "-T", "--", context.plan.host.destination]
+  return context.noisy ? [...pastNoise(argv), `${BEGIN};`] : argv
 }
+
+/** The same for the command; with a terminal, ssh must not say at the end that it closes the connection. */
+function commandArguments(context: Pick<Context, "plan" | "control">, terminal: boolean): string[] {
+  const options = sshProgram(context).filter(
+    (word, at, all) => !terminal || (word !== "RequestTTY=no" && all[at + 1] !== "RequestTTY=no"),
+  )
+  const how = terminal ? ["-o", "LogLevel=ERROR", "-tt"] : ["-T"]
+  return [...options, ...how, "--", context.plan.host.destination]
+}
+
+/** Where a login shell prints something of its own, edict's talk begins behind this line. */
+const BEGIN = "echo; echo edict-begins"
+
+/** ssh, with what comes before that line passed over. */
+const pastNoise = (ssh: readonly string[]): string[] => [
+  "bash",
+  "-c",
+  'set -o pipefail; "$@" | { while IFS= read -r line; do [ "$line" != edict-begins ] || exec cat; done; }',
+  "bash",
+  ...ssh,
+]
 
 /**
  * A socket path short enough everywhere (104 bytes on macOS, of which ssh wants 17 for its own suffix), in a
@@ -4348,6 +5052,7 @@ async function startContext(plan: Plan, env: Env, report: Report): Promise<Conte
     children: new Set(),
 
     multiplexed: false,
+    noisy: false,
     roundTrip: 0,
     running: false,
   }
@@ -4488,10 +5193,29 @@ function linkOrCopy(from: string, to: string): void {
   } catch (error) {
     const code = (error as NodeJS.ErrnoException).code
     if (code !== "EXDEV" && code !== "EPERM" && code !== "ENOTSUP" && code !== "EMLINK") throw error
-    const link = lstat(from)?.isSymbolicLink()
-    if (link) fs.symlinkSync(fs.readlinkSync(buffer(from), { encoding: "buffer" }), buffer(to))
-    else fs.copyFileSync(buffer(from), buffer(to), fs.constants.COPYFILE_EXCL)
+    copyBeside(from, to)
   }
+}
+
+/** Copies a file to a name that must not exist yet (EEXIST); the copy appears there whole or not at all. */
+function copyBeside(from: string, to: string): void {
+  const temporary = `${path.posix.dirname(to)}/.edict-stage-${randomName()}`
+  try {
+    copyFile(from, temporary)
+    fs.linkSync(buffer(temporary), buffer(to))
+  } catch (error) {
+    const code = (error as NodeJS.ErrnoException).code
+    if ((code !== "EPERM" && code !== "ENOTSUP") || !lstat(temporary) || lstat(to)) throw error
+    moveFile(temporary, to) // no hard links on this file system
+  } finally {
+    fs.rmSync(buffer(temporary), { force: true })
+  }
+}
+
+function copyFile(from: string, to: string): void {
+  if (lstat(from)?.isSymbolicLink())
+    fs.symlinkSync(fs.readlinkSync(buffer(from), { encoding: "buffer" }), buffer(to))
+  else fs.copyFileSync(buffer(from), buffer(to), fs.constants.COPYFILE_EXCL)
 }
 
 function moveFile(from: string, to: string): void {
@@ -4525,8 +5249,19 @@ function lockAll(files: readonly string[]): number[] | undefined {
 
 type Signature = Readonly<{ args: readonly ("i32" | "u32" | "cstring")[]; returns: "i32" }>
 
+const libraries = new Map<string, { symbols: Record<string, (...words: unknown[]) => number> }>()
+
 /** Functions of the C library that Bun has no binding for. */
 function openLibrary(functions: Readonly<Record<string, Signature>>): {
+  symbols: Record<string, (...words: unknown[]) => number>
+} {
+  const key = Object.keys(functions).join(" ")
+  const open = libraries.get(key) ?? loadLibrary(functions)
+  libraries.set(key, open)
+  return open
+}
+
+function loadLibrary(functions: Readonly<Record<string, Signature>>): {
   symbols: Record<string, (...words: unknown[]) => number>
 } {
   const { dlopen } = require("bun:ffi") as typeof import("bun:ffi")
@@ -4544,29 +5279,28 @@ function openLibrary(functions: Readonly<Record<string, Signature>>): {
 const AT_FDCWD = process.platform === "darwin" ? -2 : -100
 const EXCHANGE = 2
 
-/** Exchanges two names in one step: renameat2 with RENAME_EXCHANGE on Linux, renameatx_np with RENAME_SWAP on macOS. */
-function exchange(a: string, b: string): void {
+/**
+ * Exchanges two names in one step: renameat2 with RENAME_EXCHANGE on Linux, renameatx_np with RENAME_SWAP on macOS.
+ * Answers false where that fails: a name is gone, or the file system cannot.
+ */
+function exchange(a: string, b: string): boolean {
   const { ptr } = require("bun:ffi") as typeof import("bun:ffi")
   const name = process.platform === "darwin" ? "renameatx_np" : "renameat2"
   const { symbols } = openLibrary({
     [name]: { args: ["i32", "cstring", "i32", "cstring", "u32"], returns: "i32" },
   })
-  const failed =
-    symbols[name]!(AT_FDCWD, ptr(buffer(`${a}\0`)), AT_FDCWD, ptr(buffer(`${b}\0`)), EXCHANGE) !== 0
-  if (failed)
-    throw new EdictError(
-      `cannot exchange ${shown(text(a))} and ${shown(text(b))}`,
-      "is the file system one without RENAME_EXCHANGE?",
-    )
+  return symbols[name]!(AT_FDCWD, ptr(buffer(`${a}\0`)), AT_FDCWD, ptr(buffer(`${b}\0`)), EXCHANGE) === 0
 }
 
 /** A word for people: control characters escaped, so that no name can write to the terminal. */
 export function shown(word: string): string {
+  // Also what is invisible or turns the direction of writing.
   // eslint-disable-next-line no-control-regex
-  return word.replace(
-    /[\u0000-\u001f\u007f-\u009f]/g,
-    (character) => `\\x${character.charCodeAt(0).toString(16).padStart(2, "0")}`,
-  )
+  const unprintable = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g
+  return word.replace(unprintable, (character) => {
+    const code = character.charCodeAt(0).toString(16)
+    return code.length > 2 ? `\\u${code.padStart(4, "0")}` : `\\x${code.padStart(2, "0")}`
+  })
 }
 
 const shortened = (word: string): string => (word.length > 60 ? `${word.slice(0, 60)}…` : word)

@@ -137,7 +137,7 @@ describe("the command line", () => {
     [["-no", "X=1", "h", ...NIX], "unknown option -no", ""],
     [["--v", "h", ...NIX], "unknown option --v", ""],
     [["--o", "h", ...NIX], "unknown option --o", ""],
-    [["--no-json", "h", ...NIX], "unknown option --no-json", "edict --no-sync"],
+    [["--no-json", "h", ...NIX], "unknown option --no-json", "edict --json"],
     [["--no-report", "h", ...NIX], "unknown option --no-report", ""],
     [["--no-v", "h", ...NIX], "unknown option --no-v", ""],
     [["--sync=yes", "h", ...NIX], "option --sync takes no value", "edict --sync"],

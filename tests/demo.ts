@@ -123,8 +123,8 @@ function check(holds: boolean, what: string): void {
 /** What a command must do: its exit code (0 unless given), and what it must print, on either stream. */
 type Expected = { code?: number; prints?: RegExp[]; in?: string }
 
-/** Runs one line on the client as a person would, prints it with its output, and checks both. */
-async function show(client: Client, line: string, expected: Expected = {}): Promise<void> {
+/** Runs one line on the client as a person would, prints it with its output, and checks both; answers the output. */
+async function show(client: Client, line: string, expected: Expected = {}): Promise<string> {
   const cwd = expected.in ?? PROJECT
   const { code, stdout } = await client.sh(`{ ${line}\n} 2>&1`, { cwd, env: ENVIRONMENT, timeout: 60_000 })
   console.log(`${dim(`${cwd.replace("/root", "~")} $`)} ${bold(line)}`)
@@ -133,6 +133,7 @@ async function show(client: Client, line: string, expected: Expected = {}): Prom
   check(code === (expected.code ?? 0), `${line}: exit code ${code}, not ${expected.code ?? 0}`)
   for (const pattern of expected.prints ?? [])
     check(pattern.test(stdout), `${line}: does not print ${pattern}`)
+  return stdout
 }
 
 const title = (text: string): void => console.log(`\n${bold(`# ${text}`)}`)
@@ -150,10 +151,11 @@ async function examples(host: Host, client: Client): Promise<void> {
   await show(client, "nix-store --query --roots result", { prints: [/\/root\/project\/result/] })
 
   title("Without a link nothing is copied")
-  await show(client, "rm result && edict root@h nix build .#my-package --no-link --print-out-paths", {
-    prints: [/^\/nix\/store\/\S+-my-package\n$/],
+  const json = await show(client, "edict root@h nix build .#my-integration-test --no-link --json", {
+    prints: [/"out":"\/nix\/store\//],
   })
-  check(!existsSync(join(there, "result")), "--no-link made a link")
+  const path = /"out":"([^"]*)"/.exec(json)?.[1] ?? ""
+  check(existsSync(host.outside(path)) && !existsSync(client.outside(path)), "--no-link copied a result")
 
   title("Inputs are fetched over there; flake.lock changes here")
   const locked = read("flake.lock")
@@ -213,4 +215,7 @@ async function main(): Promise<number> {
   return problems.length > 0 ? 1 : 0
 }
 
-process.exitCode = await main()
+process.exitCode = await main().catch((error: unknown) => {
+  console.error(error instanceof Error ? error.message : error)
+  return 1
+})

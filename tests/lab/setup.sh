@@ -1,5 +1,7 @@
 #!/bin/sh
 # Makes a Debian machine ready for the tests: installs what is missing, and nothing else. Silent if nothing is.
+#
+# usage: setup.sh [PROGRAM:PACKAGE…]     (further programs, of these Debian packages)
 set -eu
 
 cd "$(dirname "$0")/../.."
@@ -15,10 +17,10 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PATH
 
 main() {
-  packages=$(missing_packages)
+  packages=$(missing_packages "$@")
   if [ -n "$packages" ]; then install_packages "$packages"; fi
   if ! has_bun; then install_bun; fi
-  if [ ! -d node_modules ]; then install_modules; fi
+  if ! has_modules; then install_modules; fi
 }
 
 fail() {
@@ -27,7 +29,7 @@ fail() {
 }
 
 missing_packages() {
-  for entry in $programs; do
+  for entry in $programs "$@"; do
     if ! command -v "${entry%%:*}" >/dev/null; then echo "${entry#*:}"; fi
   done | sort -u | tr '\n' ' '
 }
@@ -90,12 +92,18 @@ install_bun() {
   has_bun || fail "bun $bun_version is installed, but not first on PATH"
 }
 
+# Whole, and not older than bun.lock.
+has_modules() {
+  [ -n "$(find node_modules/.complete -newer bun.lock 2>/dev/null)" ]
+}
+
 # The registry of npm's configuration, which Bun does not read everywhere; bun.lock names none.
 install_modules() {
   echo "setup: installing node_modules"
   registry=$(npm config get registry 2>/dev/null) || registry=
   if [ -n "$registry" ]; then export BUN_CONFIG_REGISTRY="$registry"; fi
   bun install --frozen-lockfile --silent || fail "bun install failed"
+  touch node_modules/.complete
 }
 
-main
+main "$@"
