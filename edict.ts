@@ -130,7 +130,7 @@ export type Plan = Readonly<{
   trees: readonly Tree[]
   cwd: Readonly<{ local: string; remote: string }>
   linkDirectories: readonly Readonly<{ local: string; remote: string }>[] // where result links may appear
-  storePaths: readonly string[] // store paths that the command names by a link here
+  storePaths: readonly string[] // that the command names by a link here, or that its flakes are locked to
   command: readonly RemoteWord[]
   root: string // where this machine's trees are over there
   seed: string // the same for slot 0, whose trees the ones of other slots start from; "" in slot 0
@@ -258,10 +258,14 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
   const context = await startContext(plan, env, report)
   const watch = handleSignals(context)
   try {
-    const [scans] = await Promise.all([
-      stage(context, "scan", () => scanTrees(context)),
-      stage(context, "connect", () => connect(context)),
-    ])
+    const connecting = stage(context, "connect", () => connect(context))
+    const [scans] = await Promise.all([stage(context, "scan", () => scanTrees(context)), connecting]).catch(
+      async (error: unknown) => {
+        for (const child of context.children) child.kill("SIGTERM")
+        await connecting.catch(() => undefined) // a connection that is half open could not be closed
+        throw error
+      },
+    )
     const { states, outcome } = (await runAtOnce(context, scans)) ?? (await runAfterUpload(context, scans))
     const trouble = await firstTrouble([
       stage(context, "results", () => fetchResults(context, outcome)),
@@ -334,6 +338,7 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
     config: value("config"),
     sshOptions: [...sshOptionWords(expanded), ...(flag("A", "forward-agent") ? ["-A"] : [])],
   }
+  if (options.json && options.action === "run") throw new UsageError("--json goes with --dry-run", "edict --dry-run --json …")
   return { options, ...splitCommand(rest, options, env) }
 }
 
@@ -1189,7 +1194,10 @@ export function makePlan(
     linkDirectories: linkDirectories(scanned, cwd)
       .filter((local) => !comesHome(local))
       .map((local) => ({ local, remote: map.place(local) })),
-    storePaths: scanned.references.flatMap((reference) => reference.target ?? []),
+    storePaths: [
+      ...scanned.references.flatMap((reference) => reference.target ?? []),
+      ...flakes.flatMap((flake) => (flake?.flakeDirectory ? lockedStorePaths(flake.flakeDirectory) : [])),
+    ],
     command: rewriteCommand(program!, words, { scanned, mapped, implicit, map }),
     root,
     seed: where.slot === 0 ? "" : clientRoot({ ...where, slot: 0 }),
@@ -1369,19 +1377,56 @@ function makeTrees(
  * store as "source": Nix takes a locked input with a narHash from the store if it is valid there.
  */
 function lockedInputs(flakeDirectory: string): Needed[] {
-  let lock: { nodes?: Record<string, { locked?: { type?: string; path?: string } }> }
-  try {
-    lock = JSON.parse(fs.readFileSync(path.join(flakeDirectory, "flake.lock"), "utf8")) as typeof lock
-  } catch {
-    return []
-  }
-  return Object.values(lock.nodes ?? {}).flatMap(({ locked }) => {
+  return readLock(flakeDirectory).flatMap(({ locked }) => {
     const local = locked?.type === "path" ? locked.path : undefined
     if (!local?.startsWith("/") || local.startsWith("/nix/store/") || !fs.existsSync(local)) return []
     return [
       { local: fs.realpathSync(local), kind: "directory" as const, history: "head" as const, only: "source" },
     ]
   })
+}
+
+/**
+ * Store paths of the locked inputs that no other machine can fetch, as far as they are valid here: local git
+ * repositories, and relative paths as Nix before 2.26 locks them.
+ */
+function lockedStorePaths(flakeDirectory: string): string[] {
+  return readLock(flakeDirectory).flatMap(({ locked, parent }) => {
+    const { type, url, narHash } = locked ?? {}
+    const isLocal =
+      (type === "git" && url?.startsWith("file:")) ||
+      (type === "path" && !locked?.path?.startsWith("/") && parent === undefined)
+    const place = isLocal && narHash?.startsWith("sha256-") ? sourcePath(narHash) : undefined
+    return place !== undefined && fs.existsSync(place) ? [place] : []
+  })
+}
+
+/** Where a source tree with this hash is in the store: named by the first 160 bits, folded, in Nix's base 32. */
+export function sourcePath(narHash: string): string {
+  const digits = Buffer.from(narHash.slice("sha256-".length), "base64").toString("hex")
+  const full = Buffer.from(hash(`source:sha256:${digits}:/nix/store:source`), "hex")
+  const folded = Buffer.alloc(20)
+  for (const [at, byte] of full.entries()) folded[at % 20]! ^= byte
+  const number = BigInt(`0x${folded.reverse().toString("hex")}`)
+  const name = Array.from({ length: 32 }, (_, at) => Number((number >> BigInt(5 * (31 - at))) & 31n))
+  return `/nix/store/${name.map((digit) => "0123456789abcdfghijklmnpqrsvwxyz"[digit]).join("")}-source`
+}
+
+type LockNode = Readonly<{
+  locked?: Readonly<{ type?: string; path?: string; url?: string; narHash?: string }>
+  parent?: unknown
+}>
+
+/** The inputs in flake.lock; none where there is none that can be read. */
+function readLock(flakeDirectory: string): LockNode[] {
+  try {
+    const lock = JSON.parse(fs.readFileSync(path.join(flakeDirectory, "flake.lock"), "utf8")) as {
+      nodes?: Record<string, LockNode>
+    }
+    return Object.values(lock.nodes ?? {})
+  } catch {
+    return []
+  }
 }
 
 /** Where result links may appear: the current directory, and the directories of -o and --profile. */
@@ -1621,6 +1666,7 @@ async function scanTree(tree: Tree, known: ReadonlyMap<Name, Entry> | undefined,
 /** The state of every path, hashed where the manifest does not vouch for it. */
 function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | undefined): Map<Name, Source> {
   const sources = new Map<Name, Source>()
+  const now = nanoseconds()
   for (const place of places) {
     const { name, root, inner, stat } = place
     const type = typeOf(stat)
@@ -1629,26 +1675,29 @@ function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | u
     const seen = type === "directory" ? "" : identityOf(stat)
     const trusted = before !== undefined && seen !== "" && before.identity === seen && before.type === type
     const contents = trusted ? before.hash : contentHash(`${root}/${inner}`, type)
-    sources.set(name, { name, root, inner, seen, entry: { type, mode: Number(stat.mode & 0o777n), identity: isSettled(stat) ? seen : "", hash: contents } })
+    sources.set(name, { name, root, inner, seen, entry: { type, mode: Number(stat.mode & 0o777n), identity: isSettled(stat, now) ? seen : "", hash: contents } })
   }
   return sources
 }
 
+/** Nanoseconds since 1970, as stat has them. */
+const nanoseconds = (): bigint => BigInt(Date.now()) * 1_000_000n
+
 /** Whether the last change is so long ago that another one would show. */
-function isSettled(stat: Stat): boolean {
-  const now = BigInt(Date.now()) * 1_000_000n
+function isSettled(stat: Stat, now: bigint): boolean {
   return now - stat.ctimeNs > RACY_NANOSECONDS && now - stat.mtimeNs > RACY_NANOSECONDS
 }
 
 /** A hash of all paths and of what stat says of them; undefined while one of them is not settled. */
 function fingerprintOf(places: readonly Place[]): string | undefined {
-  const hasher = new Bun.CryptoHasher("sha256")
+  const now = nanoseconds()
+  const rows: string[] = []
   for (const { name, stat } of places) {
     const isDirectory = stat.isDirectory()
-    if (!isDirectory && !isSettled(stat)) return undefined
-    hasher.update(`${name}\0${stat.mode} ${isDirectory ? "" : identityOf(stat)}\n`)
+    if (!isDirectory && !isSettled(stat, now)) return undefined
+    rows.push(`${name}\0${stat.mode} ${isDirectory ? "" : identityOf(stat)}\n`)
   }
-  return hasher.digest("hex")
+  return hash(rows.join(""))
 }
 
 async function listTree(tree: Tree, env: Env): Promise<Place[]> {
@@ -1681,7 +1730,8 @@ async function listRepository(tree: Tree, root: string, prefix: Name, env: Env):
     git(text(directory), "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard"),
   )
   const places: Place[] = []
-  const tags = new Map(listed.split("\0").map((item) => [item.slice(2).replace(/\/$/, ""), item[0]]))
+  const tags = new Map<Name, string>()
+  for (const item of listed.split("\0")) tags.set(item.endsWith("/") ? item.slice(2, -1) : item.slice(2), item[0] ?? "")
   for (const [inner, tag] of tags) {
     const stat = inner === "" || isOwn(inner) ? undefined : lstat(`${directory}/${inner}`)
     // Result links are this side's own; Nix does not see an untracked one.
@@ -1744,13 +1794,14 @@ const isSame = (a: Entry | undefined, b: Entry): boolean =>
 
 type GitState = Readonly<{
   directory: string // of this worktree: HEAD and index
-  common: string // of the repository: objects, refs, config
   head: string // "" before the first commit
   branch: string // full name of the ref; "" on a detached HEAD
   refs: readonly string[] // "OBJECT NAME"
   shallow: string
   config: string
   filters: readonly string[] // names of the filter drivers configured here
+  attributes: string // for info/attributes
+  exclude: string // for info/exclude
 }>
 
 /** What the packs of a copy were made for: by it the next one is made of what is new alone. */
@@ -1779,7 +1830,7 @@ function git(directory: string, ...words: string[]): string[] {
 /** Makes or renews the slim copy of a repository's .git; answers the directory that holds it. */
 async function copyGit(repository: string, how: { history: Tree["history"]; env: Env }): Promise<string> {
   const copy = path.join(cacheDirectory(how.env), "git", hash(repository).slice(0, 24))
-  const state = await readGitState(repository)
+  const state = await readGitState(repository, how.env)
   fs.mkdirSync(path.join(copy, "objects/pack"), { recursive: true, mode: 0o700 })
   for (const directory of ["refs/heads", "info"])
     fs.mkdirSync(path.join(copy, directory), { recursive: true })
@@ -1796,8 +1847,8 @@ async function copyGit(repository: string, how: { history: Tree["history"]; env:
     // A repository that lacks objects on purpose cannot be repacked.
     config: `${state.config}[gc]\n\tauto = 0\n[maintenance]\n\tauto = false\n${filtered.drivers.map(filter).join("")}`,
     shallow: state.shallow,
-    "info/attributes": await patternsOf(repository, "core.attributesFile", state),
-    "info/exclude": await patternsOf(repository, "core.excludesFile", state),
+    "info/attributes": state.attributes,
+    "info/exclude": state.exclude,
     filter: filtered.drivers.length > 0 ? FILTER_SCRIPT : "",
     filtered: filtered.files,
   }
@@ -1808,7 +1859,7 @@ async function copyGit(repository: string, how: { history: Tree["history"]; env:
 }
 
 /** What the copy is made from. */
-async function readGitState(repository: string): Promise<GitState> {
+async function readGitState(repository: string, env: Env): Promise<GitState> {
   const ask = async (...words: string[]) =>
     (await capture(git(repository, ...words), "may-fail")).replace(/\n$/, "")
   const [directory, common, head, branch, refs, settings] = await Promise.all([
@@ -1821,19 +1872,22 @@ async function readGitState(repository: string): Promise<GitState> {
       "config",
       "--null",
       "--get-regexp",
-      "^(user\\.(name|email)|core\\.(filemode|symlinks|ignorecase|autocrlf|eol|precomposeunicode)|extensions\\.objectformat|submodule\\..*\\.active|submodule\\..*\\.url|filter\\..*\\.(clean|smudge|process))$",
+      "^(user\\.(name|email)|core\\.(filemode|symlinks|ignorecase|autocrlf|eol|precomposeunicode|attributesfile|excludesfile)|extensions\\.objectformat|submodule\\..*\\.active|submodule\\..*\\.url|filter\\..*\\.(clean|smudge|process))$",
     ),
   ])
-  const [filters, others] = partition(settings.split("\0"), (pair) => pair.startsWith("filter."))
+  const pairs = settings.split("\0")
+  const [filters, others] = partition(pairs, (pair) => pair.startsWith("filter."))
+  const [files, config] = partition(others, (pair) => /^core\.(attributes|excludes)file\n/.test(pair))
+  const commonDirectory = text(common.replace(/\n$/, ""))
   return {
     directory: text(directory.replace(/\n$/, "")),
-    common: text(common.replace(/\n$/, "")),
     head,
     branch,
     refs: lines(refs),
-    shallow: readText(path.join(text(common.replace(/\n$/, "")), "shallow")) ?? "",
-    config: minimalConfig(others.join("\0")),
+    shallow: readText(path.join(commonDirectory, "shallow")) ?? "",
+    config: minimalConfig(config.join("\0")),
     filters: [...new Set(filters.map((pair) => /^filter\.(.*)\.[a-z]+\n/s.exec(pair)?.[1] ?? ""))],
+    ...patternsOf(commonDirectory, files, env),
   }
 }
 
@@ -1994,10 +2048,14 @@ async function packMissing(
     .filter((name) => name.endsWith(".idx"))
     .map((name) => `${g} show-index <${shellQuote(path.join(packs, name))} | awk '{ print $2 }'`)
   const [wanted, there] = ["wanted", "there"].map((name) => shellQuote(path.join(temporary, name)))
+  // Git first writes a pack among the objects, then renames it: never in the repository, nor across file systems.
+  const objects = await capture(git(repository, "rev-parse", "--path-format=absolute", "--git-path", "objects"))
+  const listed = text(objects.replace(/\n$/, "").replace(/[\\"]/g, "\\$&").replaceAll("\n", "\\n"))
+  const variables = `GIT_OBJECT_DIRECTORY=${shellQuote(temporary)} GIT_ALTERNATE_OBJECT_DIRECTORIES=${shellQuote(`"${listed}"`)}`
   const script = `set -e -o pipefail; export LC_ALL=C
     { ${to.listing.join("; ")}; } | sort -u >${wanted}
     { :; ${have.map((line) => `${line}; `).join("")}} | sort -u >${there}
-    comm -23 ${wanted} ${there} | ${g} pack-objects -q --non-empty ${shellQuote(path.join(temporary, "pack"))}`
+    comm -23 ${wanted} ${there} | ${variables} ${g} pack-objects -q --non-empty ${shellQuote(path.join(temporary, "pack"))}`
   fs.mkdirSync(temporary, { mode: 0o700 })
   try {
     await capture(["bash", "-c", script])
@@ -2011,27 +2069,22 @@ async function packMissing(
   }
 }
 
-/** Patterns of the repository's own info/attributes or info/exclude, after those of the user's file. */
-async function patternsOf(
-  repository: string,
-  option: "core.attributesFile" | "core.excludesFile",
-  state: GitState,
-): Promise<string> {
-  const name = option === "core.attributesFile" ? "attributes" : "exclude"
-  const configured = await capture(
-    git(repository, "config", "--null", "--type=path", "--get", option),
-    "may-fail",
-  )
-  const usual = path.join(
-    process.env.XDG_CONFIG_HOME || path.join(os.homedir(), ".config"),
-    "git",
-    name === "exclude" ? "ignore" : name,
-  )
-  const users = configured === "" ? usual : text(configured.replace(/\0$/, ""))
-  const parts = [users, path.join(state.common, "info", name)].map((file) =>
-    fs.existsSync(file) ? fs.readFileSync(file, "latin1") : "",
-  )
-  return parts.map((part) => (part === "" || part.endsWith("\n") ? part : `${part}\n`)).join("")
+/** The repository's own attributes and ignore rules, after those of the user: they decide what is clean, and ignored. */
+function patternsOf(common: string, settings: readonly string[], env: Env): { attributes: string; exclude: string } {
+  const users = (option: string, name: string) => {
+    const value = settings.findLast((pair) => pair.startsWith(`${option}\n`))?.slice(option.length + 1)
+    if (value !== undefined) return text(value.replace(/^~(?=\/)/, bytes(homeOf(env))))
+    return path.join(env.XDG_CONFIG_HOME || path.join(homeOf(env), ".config"), "git", name)
+  }
+  const read = (file: string) => {
+    const content = fs.existsSync(file) && fs.statSync(file).isFile() ? fs.readFileSync(file, "latin1") : ""
+    return content === "" || content.endsWith("\n") ? content : `${content}\n`
+  }
+  const info = (name: string) => read(path.join(common, "info", name))
+  return {
+    attributes: read(users("core.attributesfile", "attributes")) + info("attributes"),
+    exclude: read(users("core.excludesfile", "ignore")) + info("exclude"),
+  }
 }
 
 /**
@@ -2375,7 +2428,11 @@ async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<vo
   await Promise.all(
     [...groups].map(async ([key, sources]) => {
       const [root, prefix] = JSON.parse(key) as [string, string]
-      const input = Buffer.from(sources.map(({ inner }) => `${inner}\0`).join(""), "latin1")
+      // A name with # or ; in front would be a comment.
+      const input = Buffer.from(
+        sources.map(({ inner }) => `${inner.replace(/^(?=[#;])/, "./")}\0`).join(""),
+        "latin1",
+      )
       const [command, ...options] = rsyncArguments(
         context.plan.host,
         context.noisy ? pastNoise(sshProgram(context)) : sshProgram(context),
@@ -3114,7 +3171,8 @@ const shownPath = (context: Context, tree: Tree, name: Name): string =>
 
 /**
  * Which of these new names git ignores here, and the topmost ignored directories among their parents that hold
- * nothing that travels. Asked repository by repository, as git refuses names inside a submodule.
+ * nothing that travels. Asked repository by repository, as git refuses names inside a submodule; without the
+ * index, in which it would look for a name with wildcards as for a pattern.
  */
 async function ignoredNames(
   { tree, manifest }: TreeState,
@@ -3146,7 +3204,7 @@ async function ignoredNames(
     )
     if (input.length === 0) continue
     const directory = text(`${bytes(tree.local)}${repository === "" ? "" : `/${repository}`}`)
-    const answer = await capture(git(directory, "check-ignore", "-z", "--stdin"), "may-fail", input)
+    const answer = await capture(git(directory, "check-ignore", "--no-index", "-z", "--stdin"), "may-fail", input)
     for (const name of answer.split("\0").map((dotted) => dotted.slice(2)))
       if (name !== "") ignored.add(repository === "" ? name : `${repository}/${name}`)
   }
@@ -3561,7 +3619,7 @@ function applyChange(work: Work, change: Change): Applied {
   try {
     return mergeChange(work, change)
   } catch (error) {
-    const why = `could not be written here: ${reason(error)}`
+    const why = `could not be written here: ${reason(error).replace(/, \w+ '.*$/s, "")}`
     try {
       const theirs = change.what === "deleted" || change.type === "directory" ? undefined : arrived(work, change)
       if (theirs) return conflict(work, change, theirs, why)
@@ -3646,10 +3704,11 @@ function keep(work: Pick<Work, "conflicts">, name: Name, from: string): string {
   return text(kept)
 }
 
-/** What lies here now is what both sides agree on. */
+/** What lies here now is what both sides agree on; of the mode just the executable bit, the other side has its umask. */
 function agreed(work: Work, name: Name, theirs: Entry, counts: Applied["counts"]): Applied {
   const stat = lstat(`${work.root}/${name}`)
-  const mode = stat ? Number(stat.mode & 0o777n) : theirs.mode
+  const own = stat ? Number(stat.mode & 0o777n) : theirs.mode
+  const mode = (own & 0o100) === (theirs.mode & 0o100) ? own : withExecutable(own, theirs.mode)
   return { name, verdict: counts ? "applied" : "same", counts, entry: { ...theirs, mode, identity: "" } }
 }
 
@@ -3840,7 +3899,12 @@ function onDeviceOf(work: Work, target: string, staged: string): string {
   const directory = path.posix.dirname(target)
   if (deviceOf(directory) === deviceOf(work.stage)) return staged
   const copy = beside(work, directory)
-  copyFile(staged, copy)
+  try {
+    copyFile(staged, copy)
+  } catch (error) {
+    removeAll(copy) // half of it may have filled the file system
+    throw error
+  }
   return copy
 }
 
@@ -4101,7 +4165,7 @@ export PATH
 
 /** Turns an encoded word back: decode WORD, then $decoded. */
 const REMOTE_DECODE = sh`
-decode() { decoded=$(printf '%b.' "$1"); decoded=$\{decoded%.}; }
+decode() { case $1 in *\\*) decoded=$(printf '%b.' "$1"); decoded=$\{decoded%.} ;; *) decoded=$1 ;; esac; }
 `
 
 /** Answers requests, one a line (verb and encoded words); data lines start with a letter, the last with a dot. */
@@ -4373,6 +4437,8 @@ do_run() {
   word "$3"; printf '%s' "$decoded" | while IFS= read -r d; do case $d in /*) ;; *) d=$HOME/$d ;; esac; mkdir -p "$d"; printf '%s\n' "$d"; done >"$run/directories"
   word "$4"; printf '%s\n' $decoded >"$run/known"
   shift 4
+  word "$\{1#d}"
+  case $decoded in /*) mkdir -p "$decoded" ;; *) mkdir -p "$HOME/$decoded" ;; esac
   printf '%s\n' "$@" >"$run/words"
   links >"$run/links.before"
   while read -r id home; do printf '%s\n' "$home" >"$base/meta/$id/running"; done <"$run/watched"
@@ -4425,7 +4491,7 @@ do_signal() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
   true >"$run/signalled"
   kill -s "$1" -- "-$pid"
-  [ "$1" = INT ] || (exec </dev/null >/dev/null 2>&1; sleep_while_running 8 && stop_command) &
+  [ "$1" = INT ] || (exec </dev/null >/dev/null 2>&1; sleep_while_running 6 && stop_command) &
 }
 
 sleep_while_running() { for _ in $(seq "$1"); do sleep 1; { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || return 1; done; }
@@ -4526,7 +4592,7 @@ export EDICT_RUN
 trap : INT QUIT TERM HUP
 unset run line directory decoded word version minor
 exec 8>&2 2>/dev/null # this shell need not say that a signal ended the command
-"$@" 2>&8 8>&- 9>&-
+(exec "$@" 2>&8 8>&- 9>&-)
 code=$?
 echo "$code" >&9
 exit "$code"
@@ -4718,8 +4784,22 @@ async function openMaster(context: Context): Promise<boolean> {
   const { control, plan } = context
   if (control === "") return false
   const to = [...plan.host.sshOptions, "-o", `ControlPath=${control}`]
-  if (fs.existsSync(control) && (await succeeds(["ssh", ...to, "-O", "check", "--", plan.host.destination])))
-    return true
+  const isOpen = async () =>
+    fs.existsSync(control) && (await succeeds(["ssh", ...to, "-O", "check", "--", plan.host.destination]))
+  if (await isOpen()) return true
+  const locks = await lockSoon(`${control}.lock`) // of two that open it at once, ssh would leave one behind for good
+  try {
+    if (await isOpen()) return true
+    fs.rmSync(control, { force: true }) // its connection was killed
+    await startMaster(context, to)
+    return fs.existsSync(control)
+  } finally {
+    for (const lock of locks) fs.closeSync(lock)
+  }
+}
+
+async function startMaster(context: Context, to: readonly string[]): Promise<void> {
+  const { plan } = context
   const argv = [
     "ssh",
     ...(await livelinessOptions(plan.host)),
@@ -4741,7 +4821,6 @@ async function openMaster(context: Context): Promise<boolean> {
     stdin: "inherit",
     failure: (code, errors) => (code === 255 ? sshError(plan.host, errors) : undefined),
   })
-  return fs.existsSync(control)
 }
 
 /** Time limits where the user's own ssh configuration sets none: a dead host or network must not hang for minutes. */
@@ -5030,10 +5109,10 @@ async function stage<T>(context: Context, name: string, work: () => Promise<T>):
 /** Waits for all of these; answers the first error that a user can mend, and tells the others. */
 async function firstTrouble(steps: readonly Promise<void>[]): Promise<EdictError | undefined> {
   const errors = (await Promise.allSettled(steps)).flatMap((result) =>
-    result.status === "rejected" ? [result.reason as unknown] : [],
+    result.status === "rejected" ? [mendable(result.reason)] : [],
   )
   const bug = errors.find((error) => !(error instanceof EdictError))
-  if (bug) throw bug
+  if (bug !== undefined) throw bug
   for (const error of errors.slice(1)) tell(error)
   return errors[0] as EdictError | undefined
 }
@@ -5132,7 +5211,8 @@ type Stat = fs.BigIntStats
 
 function lstat(file: string): Stat | undefined {
   try {
-    return fs.lstatSync(buffer(file), { bigint: true })
+    // A string where it can be: half the time of a Buffer.
+    return fs.lstatSync(/[^\0-\x7f]/.test(file) ? buffer(file) : file, { bigint: true })
   } catch {
     return undefined
   }
@@ -5165,7 +5245,7 @@ function contentHash(file: string, type: Entry["type"]): string {
       hasher.update(piece.subarray(0, length))
     }
   } catch (error) {
-    throw new EdictError(`cannot read ${shown(text(file))}: ${reason(error)}`)
+    throw new EdictError(`cannot read ${shown(text(file))}: ${reason(error)}`, `ls -l ${shellQuote(shown(text(file)))}`)
   } finally {
     if (descriptor !== undefined) fs.closeSync(descriptor)
   }
@@ -5247,6 +5327,15 @@ function lockAll(files: readonly string[]): number[] | undefined {
   return locked
 }
 
+/** Locks a file as soon as no other process has it. */
+async function lockSoon(file: string): Promise<number[]> {
+  for (;;) {
+    const locked = lockAll([file])
+    if (locked) return locked
+    await Bun.sleep(50)
+  }
+}
+
 type Signature = Readonly<{ args: readonly ("i32" | "u32" | "cstring")[]; returns: "i32" }>
 
 const libraries = new Map<string, { symbols: Record<string, (...words: unknown[]) => number> }>()
@@ -5307,7 +5396,7 @@ const shortened = (word: string): string => (word.length > 60 ? `${word.slice(0,
 
 /** A word for any POSIX shell. Only for bash here and for printed lines: the other side's login shell may be fish. */
 export function shellQuote(word: string): string {
-  return /^[\w./:@+-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`
+  return /^[\w./:@+,%-][\w./:@+=,%-]*$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`
 }
 
 /** The candidate that a mistyped word is closest to, if it is close at all. */
@@ -5421,8 +5510,17 @@ export class UsageError extends EdictError {}
 /** A tree over there is not as the manifest has it. */
 class Unexpected extends EdictError {}
 
+/** What the file system refuses is the user's to mend; all else that is no EdictError is a bug. */
+function mendable(error: unknown): unknown {
+  if (error instanceof EdictError || !(error instanceof Error) || !("syscall" in error)) return error
+  const { code } = error as NodeJS.ErrnoException
+  const isFull = code === "ENOSPC" || code === "EDQUOT"
+  return new EdictError(reason(error), isFull ? "free some space here" : "see that this path is one, and yours to write")
+}
+
 /** One line for an error; a bug keeps its stack. Answers the exit code. */
-export function tell(error: unknown): number {
+export function tell(thrown: unknown): number {
+  const error = mendable(thrown)
   if (!(error instanceof EdictError)) {
     process.stderr.write(`edict: this is a bug: ${error instanceof Error ? error.stack : String(error)}\n`)
     return EDICT_FAILED

@@ -172,7 +172,7 @@ async function runStep(lab: Lab, cwd: string, step: Step, plain: boolean): Promi
   if (step.before) await script(lab.client, cwd, step.before)
   if (step.byHand) await script(host, insideOf(host, lab.remote(cwd, host)), step.byHand)
   const wait = `touch ${mark}.at; until [ -e ${mark}.go ]; do sleep 0.05; done`
-  const how: RunHow = { ...step }
+  const how: RunHow = { options: step.options ?? [], env: step.env ?? {}, host: host.name }
   const command = step.meanwhile ? `( ${step.command ?? ":"} ); ${wait}` : (step.command ?? ":")
   const run = lab.edict(join(cwd, step.from ?? ""), command, how)
   if (step.meanwhile) {
@@ -187,7 +187,9 @@ async function runStep(lab: Lab, cwd: string, step: Step, plain: boolean): Promi
   const [here, there] = [lab.client.outside(cwd), lab.remote(cwd, host)]
   expectContents(here, step.here ?? {}, "here")
   expectContents(there, step.there ?? {}, "there")
-  expect({ kept: conflictsOf(here) }).toEqual({ kept: asBytes(step.kept ?? {}) })
+  if (process.env.SYNC_CASE) console.log(result.stdout + result.stderr)
+  const kept: Contents = conflictsOf(here)
+  expect({ kept }).toEqual({ kept: asBytes(step.kept ?? {}) })
   for (const text of step.says ?? []) expect(result.stderr).toMatch(text)
   for (const text of step.hushes ?? []) expect(result.stderr).not.toMatch(text)
   if (code === 0) expect(result.stderr).not.toContain("conflict")
@@ -244,7 +246,7 @@ export async function expectEqual(lab: Lab, cwd: string, there: string, plain: b
 async function ignoredBy(lab: Lab, cwd: string, names: Set<string>): Promise<Set<string>> {
   if (names.size === 0) return names
   const stdin = Buffer.from([...names].map((name) => `./${name}\0`).join(""), "latin1")
-  const argv = ["git", "check-ignore", "-z", "--stdin"]
+  const argv = ["git", "check-ignore", "--no-index", "-z", "--stdin"]
   const { bytes: answer, code, stderr } = await lab.client.run(argv, { cwd, stdin })
   if (code > 1) throw new Error(stderr)
   return new Set(Buffer.from(answer).toString("latin1").split("\0").map((name) => name.slice(2)))

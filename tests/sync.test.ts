@@ -11,7 +11,7 @@ setDefaultTimeout(120_000)
 const ODD_NAMES = String.raw`
 odd() {
   printf '%s\0' ' lead' 'trail ' 'br[x]' 'st*r' 'q?mark' 'back\slash' 'br{a,b}' 'quo"te' "ap'os" '$(touch pwned)' '~' '-dash' '***' \
-    ':colon' ':(top)x' '#hash' '!bang' 'ünï/çödé' 'a
+    ':colon' ':(top)x' '#hash' ';semicolon' '!bang' "$(printf '\303\274n\303\257/\303\247d')" 'a
 b' "$(printf 'cr\rx')" "$(printf 'tab\tx')" "$(printf 'inv\377\376x')" "$(printf 'esc\033[31mx')" \
     "$(printf '%0250d' 1)" "$(printf '%0150d/%0150d' 1 2)"
 }
@@ -58,8 +58,8 @@ const upload: Case[] = [
     setup: `${ODD_NAMES} each 'mkdir -p -- "$(dirname -- "./$1")"; echo here >"./$1"'`,
     steps: [
       { command: `find . -name .git -prune -o -type f -exec sh -c 'for f; do echo there >>"$f"; cp "$f" "$f+"; done' sh {} + 2>/dev/null; rm -f '***+'; :`,
-        proof: `${ODD_NAMES} each '[ "$(cat -- "./$1")" = "here
-there" ]'; [ ! -e pwned ]; each '[ "$1" = "***" ] || [ \${#1} -ge 250 ] || cmp -- "./$1" "./$1+"'` },
+        proof: `${ODD_NAMES} each '[ "$(cat -- "./$1")" = "$(printf "here\\nthere")" ] || { echo "content of $1"; exit 1; }'; [ ! -e pwned ]
+          each '[ "$1" = "***" ] || cmp -- "./$1" "./$1+"'` },
     ],
   },
   {
@@ -105,13 +105,13 @@ there" ]'; [ ! -e pwned ]; each '[ "$1" = "***" ] || [ \${#1} -ge 250 ] || cmp -
     setup: "echo out/ >.gitignore",
     steps: [
       { command: "mkdir out; echo c >out/c", here: { out: null } },
-      { before: "rm .gitignore; mkdir out; echo x >out/x", there: { "out/x": "x\n" }, here: { "out/c": "c\n" } },
-      { command: "echo y >>out/x", here: { "out/x": "x\ny\n" } },
+      { before: "rm .gitignore; mkdir out; echo x >out/x", there: { "out/x": "x\n" }, here: { "out/c": null }, equal: false },
+      { command: "echo y >>out/x; echo d >>out/c", here: { "out/x": "x\ny\n", "out/c": "c\nd\n" } },
     ],
   },
   {
     name: "15 symlinks of all kinds: their text is the same",
-    setup: `mkdir d; echo x >d/x; ln -s d/x rel; ln -s /etc/hostname abs; ln -s nowhere dangling; ln -s d dir; ln -s ../../etc out; ln -s '-> $(x) *' odd`,
+    setup: `mkdir d; echo x >d/x; ln -s d/x rel; ln -s /etc/hostname abs; ln -s nowhere dangling; ln -s d dir; ln -s ../../etc out; ln -s -- '-> $(x) *' odd`,
     steps: [{ command: "for l in rel abs dangling dir out odd; do cp -P $l new-$l; done", there: { rel: "-> d/x", abs: "-> /etc/hostname", dangling: "-> nowhere", dir: "-> d", out: "-> ../../etc", odd: "-> -> $(x) *" }, here: { "new-rel": "-> d/x", "new-abs": "-> /etc/hostname", "new-dangling": "-> nowhere", "new-dir": "-> d", "new-out": "-> ../../etc" } }],
   },
   {
@@ -129,7 +129,8 @@ there" ]'; [ ! -e pwned ]; each '[ "$1" = "***" ] || [ \${#1} -ge 250 ] || cmp -
     plain: true,
     setup: "echo '*.o' >.gitignore; mkdir -p empty sub/deep; touch x.o; echo a >sub/deep/a",
     steps: [
-      { there: { "x.o": "", empty: "/", "sub/deep/a": "a\n" }, command: "rmdir empty; mkdir -p new/empty; echo b >>sub/deep/a; rm x.o", here: { empty: null, "new/empty": "/", "sub/deep/a": "a\nb\n", "x.o": null } },
+      { there: { "x.o": "", empty: "/", "sub/deep/a": "a\n" } },
+      { command: "rmdir empty; mkdir -p new/empty; echo b >>sub/deep/a; rm x.o", here: { empty: null, "new/empty": "/", "sub/deep/a": "a\nb\n", "x.o": null } },
       { before: "rmdir new/empty", there: { "new/empty": null, new: "/" }, hushes: ["changed here"] },
     ],
   },
@@ -279,7 +280,7 @@ const crashes: Case[] = [
     name: "59b a file system of its own in the tree, too small: files are whole or not there, theirs are kept",
     setup: "mkdir small; echo s >small/s; echo t >small/t; echo u >small/u; echo a >a",
     steps: [
-      { command: "echo there >>small/s; echo there >>a; head -c 200000 /dev/zero >small/big; head -c 200000 /dev/zero >>small/t; rm small/u; mkdir small/d; echo x >small/d/x", meanwhile: "mv small was; mkdir small; mount -t tmpfs -o size=64k tmpfs small; cp -p was/* small/; rm -r was", code: 254, here: { a: "a\nthere\n", "small/s": "s\nthere\n", "small/big": null, "small/t": "t\n", "small/u": null, "small/d/x": "x\n" }, says: [/small\/big could not be written here/], kept: { "small/big": "\0".repeat(200000), "small/t": `t\n${"\0".repeat(200000)}` }, proof: "umount small" },
+      { command: "echo there >>small/s; echo there >>a; head -c 200000 /dev/zero >small/big; head -c 200000 /dev/zero >>small/t; rm small/u; mkdir small/d; echo x >small/d/x", meanwhile: "mv small was; mkdir small; mount -t tmpfs -o size=64k tmpfs small; cp -p was/* small/; rm -r was", code: 254, here: { a: "a\nthere\n" }, says: [/small\/big could not be written here/], kept: { "small/big": "\0".repeat(200000), "small/t": `t\n${"\0".repeat(200000)}` }, proof: `[ "$(cat small/s small/t small/d/x | tr '\n' ' ')" = 's there t x ' ]; [ ! -e small/big ]; [ ! -e small/u ]; [ "$(ls -A small)" = "$(printf 'd\ns\nt')" ]; umount small` },
     ],
   },
   {
