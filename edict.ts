@@ -2049,7 +2049,9 @@ async function packMissing(
     .map((name) => `${g} show-index <${shellQuote(path.join(packs, name))} | awk '{ print $2 }'`)
   const [wanted, there] = ["wanted", "there"].map((name) => shellQuote(path.join(temporary, name)))
   // Git first writes a pack among the objects, then renames it: never in the repository, nor across file systems.
-  const objects = await capture(git(repository, "rev-parse", "--path-format=absolute", "--git-path", "objects"))
+  const objects = await capture(
+    git(repository, "rev-parse", "--path-format=absolute", "--git-path", "objects"),
+  )
   const listed = text(objects.replace(/\n$/, "").replace(/[\\"]/g, "\\$&").replaceAll("\n", "\\n"))
   const variables = `GIT_OBJECT_DIRECTORY=${shellQuote(temporary)} GIT_ALTERNATE_OBJECT_DIRECTORIES=${shellQuote(`"${listed}"`)}`
   const script = `set -e -o pipefail; export LC_ALL=C
@@ -2070,7 +2072,11 @@ async function packMissing(
 }
 
 /** The repository's own attributes and ignore rules, after those of the user: they decide what is clean, and ignored. */
-function patternsOf(common: string, settings: readonly string[], env: Env): { attributes: string; exclude: string } {
+function patternsOf(
+  common: string,
+  settings: readonly string[],
+  env: Env,
+): { attributes: string; exclude: string } {
   const users = (option: string, name: string) => {
     const value = settings.findLast((pair) => pair.startsWith(`${option}\n`))?.slice(option.length + 1)
     if (value !== undefined) return text(value.replace(/^~(?=\/)/, bytes(homeOf(env))))
@@ -2104,27 +2110,23 @@ async function filteredFiles(
   const changed = await capture(git(at.repository, "diff", "--no-ext-diff", "--name-only", "-z", ...filtered))
   const edited = new Set(changed.split("\0"))
   const clean = staged.split("\0").flatMap((line) => {
-    const [, mode, object, name] = /^(\d+) ([0-9a-f]+) 0\t(.*)$/s.exec(line) ?? []
-    return mode?.startsWith("100") && !edited.has(name!) && !name!.includes("\n")
-      ? [{ object: object!, name: name! }]
-      : []
+    const [, object, name] = /^100\d+ ([0-9a-f]+) 0\t(.*)$/s.exec(line) ?? []
+    const stat = name === undefined ? undefined : lstat(`${bytes(at.repository)}/${name}`)
+    if (!stat?.isFile() || edited.has(name!) || name!.includes("\n")) return []
+    return [{ object: object!, name: name!, identity: identityOf(stat) }]
   })
   const cache = `${at.copy}.filtered`
   const known = new Map(lines(readText(cache) ?? "").map((line) => line.split("\t") as [string, string]))
-  const seen = clean.map((file) => {
-    const stat = lstat(`${bytes(at.repository)}/${file.name}`)
-    return { ...file, identity: stat ? identityOf(stat) : "" }
-  })
-  const unknown = seen.filter(({ identity }) => !known.has(identity))
+  const unknown = clean.filter(({ identity }) => !known.has(identity))
   const hashed = lines(
     await capture(
       git(at.repository, "hash-object", "--no-filters", "--stdin-paths"),
       "throws",
-      Buffer.from(unknown.map(({ name }) => `${name}\n`).join(""), "latin1"),
+      Buffer.from(unknown.map(({ name }) => `./${name}\n`).join(""), "latin1"),
     ),
   )
   for (const [index, { identity }] of unknown.entries()) known.set(identity, hashed[index]!)
-  const pairs = seen.map(({ identity, object }) => ({ identity, object, content: known.get(identity)! }))
+  const pairs = clean.map(({ identity, object }) => ({ identity, object, content: known.get(identity)! }))
   replaceFile(
     path.dirname(at.copy),
     path.basename(cache),
@@ -2252,7 +2254,8 @@ async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
   const fingerprint = fingerprintOf(places)
   const saved = readManifest(file)
   const unsettled = readManifest(`${file}.next`)
-  if (saved && fingerprint !== undefined && saved.fingerprint === fingerprint) return { manifest: saved, unsettled, places, fingerprint, isSame: true, get sources() { return sourcesOf(places, saved.entries) } }
+  const isDated = tree.kind !== "directory" || saved?.newest === newestOf(tree, places)
+  if (saved && isDated && fingerprint !== undefined && saved.fingerprint === fingerprint) return { manifest: saved, unsettled, places, fingerprint, isSame: true, get sources() { return sourcesOf(places, saved.entries) } }
   const sources = sourcesOf(places, saved?.entries)
   const manifest = saved && { ...saved, pruned: await stillIgnored({ tree, manifest: saved }, sources) }
   return { manifest, unsettled, places, fingerprint, isSame: false, sources }
@@ -2368,7 +2371,8 @@ async function openTree(
     known.state,
   ]
   const answer = await context.session!.askBytes("tree", ...words)
-  const state = answer.find((line) => line.startsWith("s "))!.split(" ")
+  const state = answer.find((line) => /^s (same|drifted|interrupted|discarded|fresh) /.test(line))?.split(" ")
+  if (!state) throw new EdictError(`${context.plan.host.name} gave an answer that is none, on ${shown(tree.local)}`)
   return {
     state: state[1] as Opened["state"],
     token: state[2]!,
@@ -2440,7 +2444,7 @@ async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<vo
         incomingOf(context.plan, tree) + text(prefix),
       )
       if (context.noisy) options.unshift(`--rsync-path=${BEGIN}; rsync`)
-      const progress = startProgress(
+      const progress = await startProgress(
         context,
         "files",
         sources.map((source) => Number(lstat(`${source.root}/${source.inner}`)?.size ?? 0n)),
@@ -2514,15 +2518,32 @@ function newestOf(tree: Tree, places: readonly Place[]): string {
 async function uploadStorePaths(context: Context): Promise<void> {
   const { storePaths } = context.plan
   if (storePaths.length === 0) return
+  const { name } = context.plan.host
   const closure = lines(await capture(["nix-store", "--query", "--requisites", ...storePaths]))
   const missing = (await context.session!.ask("missing", ...closure)).map((line) => line.slice(2))
   if (missing.length === 0) return
-  const script = `${REMOTE_PATH}exec nix-store --import >/dev/null`
-  await execute(
-    context,
-    pipeline(["nix-store", "--export", ...missing], withScript(sshArguments(context), script)),
-    { what: "upload of store paths" },
-  )
+  const sizes = lines(await captureEach(["nix-store", "--query", "--size"], missing)).map(Number)
+  const progress = await startProgress(context, "store paths", sizes)
+  const compress = await chooseCompression(context)
+  const script = `${REMOTE_PATH}${compress ? `${compress} -d -c | ` : ""}nix-store --import >/dev/null`
+  const stages = [
+    ["bash", "-c", "exec nix-store --export $(cat)"],
+    ...(progress.counter ? [progress.counter] : []),
+    ...(compress ? [[compress, "-1", "-c"]] : []),
+    withScript(sshArguments(context), script),
+  ]
+  await execute(context, pipeline(...stages), {
+    what: "upload of store paths",
+    input: Buffer.from(missing.join("\n")),
+    onErrors: progress.read,
+    failure: (_, errors) =>
+      errors.includes("lacks a signature")
+        ? new EdictError(
+            `the store on ${name} takes only signed paths from its user there, and of what the command names it lacks ${missing.length}, e.g. ${missing[0]}`,
+            `sign them here by a key that is in trusted-public-keys on ${name}, and nix copy --to ssh://${context.plan.host.destination}. A trusted user there would do, too, but that is the same as root there`,
+          )
+        : undefined,
+  }).finally(progress.end)
 }
 
 // ── 11. Run: the command, over there ────────────────────────────────────────────────────────────────────
@@ -2769,7 +2790,13 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
           `mv ${shellQuote(link)} ${shellQuote(`${link}.mine`)} && nix-store --realise ${target} --add-root ${shellQuote(link)} --indirect`,
         ),
       )
-    else await linkResult(context, { link, target, isProfile })
+    else
+      await linkResult(context, { link, target, isProfile }).catch(async (error) => {
+        // Garbage collection here may have taken it before it had a root.
+        if ((await invalidHere([target])).length === 0) throw error
+        await fetchClosures(context, { targets, paths: [] })
+        await linkResult(context, { link, target, isProfile })
+      })
   }
   if (blocked[0]) throw blocked[0]
   if (report.resultLinks.length > 0)
@@ -2784,7 +2811,10 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
 /** A link here that is a gc root; Nix replaces only links into the store. */
 async function linkResult(context: Context, { link, target, isProfile }: ResultLink): Promise<void> {
   fs.mkdirSync(path.dirname(link), { recursive: true })
+  const derivation = `(import "${target}") // { outputName = "out"; }` // realising it would build it here
   if (isProfile) await capture(["nix-env", "--profile", link, "--set", target])
+  else if (isDerivation(target))
+    await capture(["nix-instantiate", "--expr", derivation, "--add-root", link, "--indirect"])
   else await capture(["nix-store", "--realise", target, "--add-root", link, "--indirect"])
   context.report.resultLinks.push({ link, target })
 }
@@ -2807,8 +2837,19 @@ function joinProfiles(links: readonly ResultLink[]): ResultLink[] {
 
 /** Which of these store paths are not valid here. */
 async function invalidHere(paths: readonly string[]): Promise<string[]> {
-  return lines(await capture(["nix-store", "--check-validity", "--print-invalid", ...paths]))
+  return lines(await captureEach(["nix-store", "--check-validity", "--print-invalid"], paths))
 }
+
+/** Runs a local command with store paths as further words; as often as so many words need. */
+async function captureEach(
+  argv: readonly string[],
+  paths: readonly string[],
+  failure: "may-fail" | "throws" = "throws",
+): Promise<string> {
+  return await capture(["xargs", ...argv], failure, Buffer.from(paths.join("\n")))
+}
+
+const isDerivation = (path: string): boolean => path.endsWith(".drv")
 
 type StorePath = Readonly<{ path: string; size: number }> // size of its NAR in bytes, 0 if not known
 
@@ -2816,6 +2857,7 @@ type StorePath = Readonly<{ path: string; size: number }> // size of its NAR in 
 async function fetchClosures(
   context: Context,
   closure: { targets: readonly string[]; paths: readonly StorePath[] },
+  isRetry = false,
 ): Promise<void> {
   const { host } = context.plan
   const named = closure.paths.length > 0 ? closure.paths : await askClosure(context, closure.targets)
@@ -2824,12 +2866,14 @@ async function fetchClosures(
   const sizes = new Map(named.map(({ path, size }) => [path, size]))
   let missing = await invalidHere([...sizes.keys()])
   if (host.substitute && missing.length > 0) {
-    await capture(["nix-store", "--realise", "--keep-going", ...missing], "may-fail")
+    // Realising a derivation would build it.
+    const plain = missing.filter((path) => !isDerivation(path))
+    await captureEach(["nix-store", "--realise", "--keep-going"], plain, "may-fail")
     missing = await invalidHere(missing)
   }
   if (missing.length === 0) return
   const way = await chooseWay(context, missing)
-  const progress = startProgress(
+  const progress = await startProgress(
     context,
     "store paths",
     missing.map((path) => sizes.get(path) ?? 0),
@@ -2837,6 +2881,12 @@ async function fetchClosures(
   try {
     if (way === "signed") await copySigned(context, closure.targets)
     else await streamPaths(context, { way, missing, progress })
+  } catch (error) {
+    // Garbage collection here may have taken what the missing paths refer to.
+    const vanished = (await invalidHere([...sizes.keys()])).some((path) => !missing.includes(path))
+    if (isRetry || !vanished) throw error
+    progress.end()
+    await fetchClosures(context, { ...closure, paths: named }, true)
   } finally {
     progress.end()
   }
@@ -2844,12 +2894,15 @@ async function fetchClosures(
 
 /** The closure of store paths, asked of the host. */
 async function askClosure(context: Context, targets: readonly string[]): Promise<StorePath[]> {
-  const script = `${REMOTE_PATH}exec nix-store --query --requisites ${targets.filter(isStorePath).join(" ")}`
+  const script = `${REMOTE_PATH}paths=$(nix-store --query --requisites ${targets.filter(isStorePath).join(" ")}) || exit
+printf '%s\\n' "$paths" | xargs nix-store --query --size | { printf '%s\\n' "$paths"; echo; cat; }`
   const answer = await execute(context, [...sshArguments(context), BOOT_LINE], {
     input: Buffer.from(`${encodeScript(script)}\n`),
     what: "closure of the result",
   })
-  return lines(answer).map((path) => ({ path, size: 0 }))
+  const [paths = "", sizes = ""] = answer.split("\n\n")
+  const known = lines(sizes).map(Number)
+  return lines(paths).map((path, at) => ({ path, size: known[at] ?? 0 }))
 }
 
 /** One export over there, one import here: the same few round trips for one path and for a thousand. */
@@ -2864,7 +2917,8 @@ async function streamPaths(
     [...sshArguments(context), BOOT_LINE],
     ...(compress ? [[compress, "-d", "-c"]] : []),
     ...(progress.counter ? [progress.counter] : []),
-    [...(way === "sudo" ? ["sudo"] : []), "nix-store", "--import"],
+    // sudo has a PATH of its own.
+    way === "sudo" ? ["sudo", Bun.which("nix-store", { PATH: context.env.PATH ?? "" })!, "--import"] : ["nix-store", "--import"],
   ]
   await execute(context, pipeline(...stages), {
     input: Buffer.from(`${encodeScript(script)}\n`),
@@ -2873,15 +2927,18 @@ async function streamPaths(
   })
 }
 
-/** \`nix copy\` asks for path after path, but it carries signatures, and a store that trusts nobody takes no others. */
+/** `nix copy` asks for path after path, but it carries signatures, and a store that trusts nobody takes no others. */
 async function copySigned(context: Context, targets: readonly string[]): Promise<void> {
   const facts = await context.session!.greeting
   const program = [...facts].find((fact) => fact.startsWith("store "))?.slice("store ".length)
   const from = `ssh://${context.plan.host.destination}${program && /^[A-Za-z0-9._/-]+$/.test(program) ? `?remote-program=${program}` : ""}`
   const environment = ["env", `NIX_SSHOPTS=${sshProgram(context).slice(1).join(" ")}`]
-  await execute(context, [...environment, ...NIX_COMMAND, "copy", "--from", from, ...targets], {
-    what: "retrieval of the result",
-  })
+  const options = context.plan.host.requireSignatures ? ["--option", "require-sigs", "true"] : []
+  const copy = [...environment, ...NIX_COMMAND, "copy", ...options, "--from", from]
+  const [derivations, plain] = partition(targets, isDerivation)
+  const what = "retrieval of the result"
+  if (plain.length > 0) await execute(context, [...copy, ...plain], { what })
+  if (derivations.length > 0) await execute(context, [...copy, "--derivation", ...derivations], { what })
 }
 
 const NIX_COMMAND = ["nix", "--extra-experimental-features", "nix-command"]
@@ -2896,14 +2953,19 @@ async function chooseWay(
   missing: readonly string[],
 ): Promise<"stream" | "sudo" | "signed"> {
   const { host } = context.plan
-  if (!host.requireSignatures && host.import === "sudo") return "sudo"
-  if (!host.requireSignatures && (await isTrustedHere(context.env))) return "stream"
-  const settings = await settingsHere()
-  if (!host.requireSignatures && settings["require-sigs"] === false) return "signed"
+  if (!host.requireSignatures) {
+    if (ownsStore(context.env)) return "stream"
+    if (host.import === "sudo") return "sudo"
+    if (await isTrustedHere(context.env)) return "stream"
+  }
+  const settings = await settingsHere(context.env)
+  if (!host.requireSignatures && settings["require-sigs"] === false) return "stream"
+  const plain = missing.filter((path) => !isDerivation(path)) // derivations need no signature
+  if (plain.length === 0) return "signed"
   const keys = new Set(
     [settings["trusted-public-keys"] ?? []].flat().map((key) => String(key).split(":")[0]!),
   )
-  const script = `${REMOTE_PATH}exec nix --extra-experimental-features nix-command path-info --sigs ${missing.join(" ")}`
+  const script = `${REMOTE_PATH}exec nix --extra-experimental-features nix-command path-info --sigs ${plain.join(" ")}`
   const answer = lines(
     await execute(context, [...sshArguments(context), BOOT_LINE], {
       input: Buffer.from(`${encodeScript(script)}\n`),
@@ -2918,7 +2980,7 @@ async function chooseWay(
   )
 }
 
-/** Lines of \`nix path-info --sigs\` (PATH, then words: ultimate, ca:…, KEY:SIGNATURE) → paths that no trusted key signed. */
+/** Lines of `nix path-info --sigs` (PATH, then words: ultimate, ca:…, KEY:SIGNATURE) → paths that no trusted key signed. */
 export function unsignedPaths(answer: readonly string[], keys: ReadonlySet<string>): string[] {
   return answer
     .map((line) => line.trim().split(/\s+/))
@@ -2926,10 +2988,11 @@ export function unsignedPaths(answer: readonly string[], keys: ReadonlySet<strin
     .map(([path]) => path!)
 }
 
-/** Nix's settings here: \`config show\` since 2.20, \`show-config\` before. */
-async function settingsHere(): Promise<Record<string, unknown>> {
+/** Nix's settings here: `config show` since 2.20, `show-config` before. A daemon does not care for those of its users. */
+async function settingsHere(env: Env): Promise<Record<string, unknown>> {
+  const ofSystem = ownsStore(env) ? [] : ["env", "NIX_USER_CONF_FILES=", "NIX_CONFIG="]
   for (const command of [["config", "show"], ["show-config"]]) {
-    const answer = await capture([...NIX_COMMAND, ...command, "--json"], "may-fail")
+    const answer = await capture([...ofSystem, ...NIX_COMMAND, ...command, "--json"], "may-fail")
     if (!answer.startsWith("{")) continue
     const settings = JSON.parse(answer) as Record<string, { value?: unknown }>
     return Object.fromEntries(Object.entries(settings).map(([name, setting]) => [name, setting.value]))
@@ -2937,14 +3000,16 @@ async function settingsHere(): Promise<Record<string, unknown>> {
   return {}
 }
 
-/** Whether the store here takes unsigned paths from this user: it is its own (no daemon), or the daemon trusts it. */
+/** Whether this user writes to the store here without a daemon, or has the rights of one. */
+const ownsStore = (env: Env): boolean =>
+  process.getuid?.() === 0 || ((env.NIX_REMOTE ?? "") !== "daemon" && canWrite("/nix/var/nix/db"))
+
+/** Whether the daemon here takes unsigned paths from this user. */
 async function isTrustedHere(env: Env): Promise<boolean> {
-  if (process.getuid?.() === 0) return true
-  if ((env.NIX_REMOTE ?? "") !== "daemon" && canWrite("/nix/var/nix/db")) return true
   const info = await capture([...NIX_COMMAND, "store", "info", "--json"], "may-fail")
   if (info.startsWith("{")) return /"trusted":\s*(1|true)/.test(info)
   // Before Nix 2.15 the daemon does not say it; the settings that it and its clients read do.
-  const trusted = [(await settingsHere())["trusted-users"] ?? []].flat().map(String)
+  const trusted = [(await settingsHere(env))["trusted-users"] ?? []].flat().map(String)
   const [user, groups] = await Promise.all([capture(["id", "-un"]), capture(["id", "-Gn"])])
   return trusted.some(
     (name) =>
@@ -4390,8 +4455,8 @@ do_commit() {
 # input ID NAME: a locked input of a flake goes into the store, where Nix looks for it first
 do_input() { select_tree "$1" && nix --extra-experimental-features nix-command store add-path --name "$2" "$tree" >/dev/null || { why="cannot add an input to the store"; return 1; }; }
 
-# missing PATH…: which store paths are not there
-do_missing() { for p; do word "$p"; [ -e "$decoded" ] || say "p $decoded"; done; }
+# missing PATH…: which store paths are not valid there
+do_missing() { for p; do word "$p"; say "$decoded"; done | xargs nix-store --check-validity --print-invalid | sed 's/^/p /'; }
 
 # Links in each of the link directories: directory number/inode/ctime/./name.
 links() (
@@ -4424,7 +4489,7 @@ report() {
 # What the results need, but for results that are there already.
 closures() {
   sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" | sort -u | grep -vxF -f "$run/known" >"$run/results" || return 0
-  xargs nix-store --query --requisites <"$run/results" 2>/dev/null | sort -u >"$run/closure"
+  xargs nix-store --query --requisites <"$run/results" 2>/dev/null | awk '!seen[$0]++' >"$run/closure"
   xargs nix-store --query --size <"$run/closure" 2>/dev/null | paste -d' ' - "$run/closure" | sed 's/^/c /'
 }
 
@@ -4476,14 +4541,14 @@ alive() { for p; do kill -0 "$p" 2>/dev/null && return 0; done; return 1; }
 stop_command() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
   all=$(family "$pid")
-  kill -TERM -- "-$pid" 2>/dev/null # at once, so that no script goes on to its next command
+  kill -s TERM -- "-$pid" 2>/dev/null # at once, so that no script goes on to its next command
   # shellcheck disable=SC2086
   kill -TERM $all 2>/dev/null
   # shellcheck disable=SC2086
   for _ in 1 2 3 4 5 6; do alive $all || break; sleep 0.5 2>/dev/null || sleep 1; done
+  kill -s KILL -- "-$pid" 2>/dev/null
   # shellcheck disable=SC2086
-  kill -KILL $all $(family "$pid") "$pid" 2>/dev/null
-  kill -KILL -- "-$pid" 2>/dev/null
+  for _ in 1 2 3; do kill -s KILL $all 2>/dev/null; all=$(family "$pid"); [ -n "$all" ] || break; done # what was just forked, too
 }
 
 # signal NAME: the command gets it. At a keyboard a second Ctrl-C says that the first was not enough; else time does.
@@ -4653,7 +4718,7 @@ async function openSession(context: Context): Promise<Session> {
       for (const { reject } of waiting.splice(0)) reject(ended)
       return
     }
-    const parts = (rest + chunk).split("\n")
+    const parts = chunk.includes("\n") ? (rest + chunk).split("\n") : [rest + chunk]
     rest = parts.pop()!
     for (const line of parts) {
       if (plan.options.verbosity > 1) say(`< ${shown(line)}`)
@@ -4953,6 +5018,7 @@ async function collect(
 ): Promise<{ code: number; stdout: string; stderr: string }> {
   const $ = await shell()
   const process_ = $({ stdio: [how.stdin ?? "ignore", "pipe", "pipe"], input: how.input })`${[...argv]}`
+  if (how.input) process_.stdin.on("error", () => undefined) // it ended before it read all
   const [stdout, stderr]: [Buffer[], Buffer[]] = [[], []]
   process_.stdout.on("data", (chunk: Buffer) => {
     stdout.push(chunk)
@@ -5063,6 +5129,9 @@ function commandError(
   const absent = /^bash: line \d+: (\S+): command not found$/m.exec(errors)?.[1]
   if (absent) return new EdictError(`no ${shown(absent)} here`, `install ${shown(absent)}`)
   if (result.code === 127) return new EdictError(`no ${shown(argv[0]!)} here`, `install ${shown(argv[0]!)}`)
+  const isCut = argv[0] === "rsync" && /connection unexpectedly closed|error \(code 255\)/.test(errors)
+  if (host && isCut && !/No space left|Disk quota|^ssh: /m.test(errors))
+    return new EdictError(`the connection to ${host.name} was lost during the ${what}`, "run it again", SSH_FAILED)
   if (host && result.code === 255) return sshError(host, result.stderr)
   const remedies: [RegExp, string][] = [
     [/No space left|Disk quota/, `free some space${where}`],
@@ -5448,12 +5517,12 @@ type Progress = Readonly<{ counter?: string[]; read: (chunk: string) => void; en
  * Progress through a stream of things with these sizes (bytes): shown after a second, only on a terminal, and counted
  * by dd in the pipeline (GNU dd's status=progress), so that no byte passes through this program.
  */
-function startProgress(context: Context, what: string, sizes: readonly number[]): Progress {
+async function startProgress(context: Context, what: string, sizes: readonly number[]): Promise<Progress> {
   const wanted =
     isTerminal(2) &&
     context.plan.options.verbosity >= 0 &&
     context.env.TERM !== "dumb" &&
-    process.platform === "linux"
+    (await capture(["dd", "--version"], "may-fail")).includes("coreutils")
   if (!wanted) return { read: () => undefined, end: () => undefined }
   const total = sizes.reduce((sum, size) => sum + size, 0)
   const began = performance.now()
@@ -5470,7 +5539,8 @@ function startProgress(context: Context, what: string, sizes: readonly number[])
     )
     const seconds = (performance.now() - began) / 1000
     if (Number.isNaN(done) || seconds < 1) return
-    process.stderr.write(`\r\x1b[K${progressLine(what, { sizes, total, done, seconds })}`)
+    const line = progressLine(what, { sizes, total, done, seconds })
+    process.stderr.write(`\r\x1b[K${line.slice(0, (process.stderr.columns || 80) - 1)}`)
     shows = true
   }
   return {

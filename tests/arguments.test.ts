@@ -144,6 +144,7 @@ describe("the command line", () => {
     [["--no-sync=", "h", ...NIX], "option --no-sync takes no value", "edict --no-sync"],
     [["--x\u001b[31m", "h", ...NIX], "unknown option --x\\x1b[31m", ""],
     [["--constructor", "h", ...NIX], "unknown option --constructor", ""],
+    [["--json", "h", ...NIX], "--json goes with --dry-run", "edict --dry-run --json"],
     [["--report"], "option --report needs a value", ""],
     [["--report=", "h", ...NIX], "option --report needs a value", ""],
     [["--config", "", "h", ...NIX], "option --config needs a value", ""],
@@ -181,7 +182,8 @@ describe("the help", () => {
 
   test.each(documented)("%s is an option", async (option) => {
     const [name = "", value] = option.split(" ")
-    const argv = value === undefined ? [name] : [name, "value"]
+    const more = name === "--json" ? ["--dry-run"] : []
+    const argv = [...more, name, ...(value === undefined ? [] : ["value"])]
     const { options, host } = await parseArguments([...argv, "h", ...NIX], {})
     expect(options).not.toEqual(DEFAULTS)
     if (options.action === "run" || options.action === "dry-run") expect(host).toBe("h")

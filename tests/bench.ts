@@ -6,9 +6,9 @@
  * taken turn by turn. Every figure is a median with its minimum and maximum. Nothing here asserts a time.
  */
 
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs"
+import { existsSync, mkdirSync, readFileSync, readlinkSync, writeFileSync } from "node:fs"
 import { randomBytes } from "node:crypto"
-import { cpus, loadavg, release, totalmem } from "node:os"
+import { constants, cpus, loadavg, release, totalmem } from "node:os"
 import { join } from "node:path"
 import { GIT_INIT, SYSTEM, writeFiles } from "./lab/flake"
 import { REPOSITORY, startClient, startHost, type Client, type Host, type Running } from "./lab/lab"
@@ -46,9 +46,10 @@ const FULL: Sizes = {
 const QUICK: Sizes = {
   ...FULL,
   rtts: [0, 50],
-  turns: 3,
+  turns: 2,
   slowTurns: 1,
-  big: 200_000_000,
+  closure: 50,
+  big: 100_000_000,
   files: 10_000,
   directories: 4_800,
 }
@@ -73,13 +74,14 @@ type Lab = {
   lastUse: Map<string, number>
 }
 
-const machines = new Set<Client | Host>()
+/** All that were started, or are about to be. */
+const machines = new Set<Promise<Client | Host>>()
 
 /** Starts the client and the hosts that these sections need. */
 async function startLab(sizes: Sizes, sections: readonly Section[]): Promise<Lab> {
   const names = new Set(sections.flatMap((section) => section.hosts(sizes)))
   const started = await Promise.all([...names].map(startNamed))
-  const client = keep(await startClient({ hosts: started, flakes: true }))
+  const client = await keep(startClient({ hosts: started, flakes: true }))
   const hosts = new Map(started.map((host) => [host.name, host]))
   const lab: Lab = { sizes, client, hosts, samples: new Map(), lastUse: new Map() }
   for (const name of names) await connect(lab, name)
@@ -88,16 +90,16 @@ async function startLab(sizes: Sizes, sections: readonly Section[]): Promise<Lab
 
 async function startNamed(name: string): Promise<Host> {
   const delay = name === NEAR ? {} : { delay: Number(name.slice(1)) / 2 }
-  return keep(await startHost({ name, flakes: true, ...delay }))
+  return keep(startHost({ name, flakes: true, ...delay }))
 }
 
-function keep<T extends Client | Host>(machine: T): T {
+function keep<T extends Client | Host>(machine: Promise<T>): Promise<T> {
   machines.add(machine)
   return machine
 }
 
 async function stopLab(): Promise<void> {
-  await Promise.all([...machines].map((machine) => machine.stop()))
+  await Promise.allSettled([...machines].map(async (machine) => (await machine).stop()))
 }
 
 const hostOf = (rtt: number): string => `h${rtt}`
@@ -180,6 +182,7 @@ async function takeTurn(contestant: Contestant, measure: Measure): Promise<void>
     await contestant.prepare?.()
     measure.times.push(await contestant.run())
   } catch (error) {
+    await haltIfStopping()
     measure.failure = error instanceof Error ? error.message : String(error)
     say(`${contestant.name} is out: ${measure.failure}`)
   }
@@ -271,7 +274,7 @@ function spreadOf(values: readonly number[]): Spread {
 
 /** The times of a measure; throws where there are none. */
 function timesOf({ times, failure }: Measure): number[] {
-  if (failure !== undefined || times.length === 0) throw new Error(failure ?? "no run")
+  if (failure !== undefined || times.length === 0) throw new Error(failure ?? "left out by --quick")
   return times
 }
 
@@ -462,10 +465,13 @@ async function measureClosures(lab: Lab): Promise<Findings> {
   const fetching = (tool: Tool, name: string): Contestant => ({
     name: `${tool.name}, .#${name}`,
     prepare: () => forget(lab, places),
-    run: () => tool.build(lab, FAR.name, name),
+    run: () => fetch(lab, tool, name),
     ...(tool === NAIVE_TOOL ? { turns: lab.sizes.slowTurns } : {}),
   })
-  for (const name of ["one", "many"]) await fetching(EDICT_TOOL, name).run() // built over there from now on
+  for (const name of ["many", "one"]) {
+    await EDICT_TOOL.build(lab, FAR.name, name) // from now on it is built over there
+    await forget(lab, places)
+  }
   const [one, many, naiveOne, naiveMany] = await inTurns(
     lab,
     "closure",
@@ -483,11 +489,23 @@ async function measureClosures(lab: Lab): Promise<Findings> {
   )
 }
 
+/** Milliseconds of a build on the far host whose result is not here yet. */
+async function fetch(lab: Lab, tool: Tool, name: string): Promise<number> {
+  const milliseconds = await tool.build(lab, FAR.name, name)
+  resultIn(lab, tool.place(lab, FAR.name).directory)
+  return milliseconds
+}
+
+/** Where the result link of a directory leads to; throws unless that came here. */
+function resultIn(lab: Lab, directory: string): string {
+  const path = readlinkSync(lab.client.outside(`${directory}/result`))
+  if (!existsSync(lab.client.outside(path))) throw new Error(`${path} did not come here`)
+  return path
+}
+
 /** Takes the result links of these directories and all that they lead to out of the client's store. */
 async function forget(lab: Lab, directories: readonly string[]): Promise<void> {
-  const links = directories
-    .map((directory) => `${directory}/result`)
-    .filter((link) => lab.client.outside(link) !== "")
+  const links = directories.map((directory) => `${directory}/result`)
   const script = `
     paths=
     for link in ${links.join(" ")}; do
@@ -502,48 +520,54 @@ async function forget(lab: Lab, directories: readonly string[]): Promise<void> {
 
 const PEER = "/root/peer"
 
+/** Nix's own ways, with connections of their own as they come, and over the shared one. */
 async function measureChains(lab: Lab): Promise<Findings> {
-  const { client, sizes } = lab
-  await makeProject(lab, client, PEER)
+  await makeProject(lab, lab.client, PEER)
   await firstBuild(lab, EDICT_TOOL, FAR.name)
   const own = EDICT_TOOL.place(lab, FAR.name).directory
-  const resalt = (directory: string) => () =>
-    writeFileSync(client.outside(join(directory, "salt.txt")), salt())
-  const [edictTimes, builders, store] = await inTurns(lab, "chain", [
-    { name: "edict", prepare: resalt(own), run: () => EDICT_TOOL.build(lab, FAR.name, "chain") },
+  const peer = (name: string, script: string): Contestant => ({
+    name,
+    prepare: () => resalt(lab, PEER),
+    run: () => time(lab, script, PEER),
+  })
+  const [edictTimes, builders, store, sharedStore, sharedBuilders] = await inTurns(lab, "chain", [
+    { name: "edict", prepare: () => resalt(lab, own), run: () => fetch(lab, EDICT_TOOL, "chain") },
+    { ...peer("nix --builders ssh://", BUILDERS), turns: lab.sizes.slowTurns },
+    peer("nix --store ssh-ng://", REMOTE_STORE),
+    peer("nix --store ssh-ng://, shared connection", `${SHARE}${REMOTE_STORE}`),
     {
-      name: "nix --builders ssh://",
-      prepare: resalt(PEER),
-      run: () => time(lab, BUILDERS, PEER),
-      turns: sizes.slowTurns,
+      ...peer("nix --builders ssh://, shared connection", `${SHARE}${BUILDERS}`),
+      turns: lab.sizes.slowTurns - 1, // none with --quick
     },
-    { name: "nix --store ssh-ng://", prepare: resalt(PEER), run: () => time(lab, REMOTE_STORE, PEER) },
   ])
-  const faster = (peer: Measure) => figure(ratio(peer, edictTimes!), "×")
-  const title = `chain of ${sizes.chain} steps at ${FAR.rtt} ms against`
+  const faster = (their: Measure) => orWhy(() => figure(ratio(their, edictTimes!), "×"))
+  const chainRow = (way: string, must: string, plain: Measure, shared: Measure) =>
+    row(
+      `chain of ${lab.sizes.chain} steps at ${FAR.rtt} ms against ${way}`,
+      must,
+      () => `${faster(plain)} faster (over a shared connection ${faster(shared)}): ${seconds(edictTimes!)}`,
+      () => `${seconds(plain)}; over a shared connection ${orWhy(() => seconds(shared))}`,
+    )
+  const copying = "`nix build --store ssh-ng:// --eval-store auto` + `nix copy`"
   return only(
-    row(
-      `${title} \`--builders ssh://\``,
-      "≥ ×15",
-      () => `${faster(builders!)} faster: ${seconds(edictTimes!)}`,
-      () => seconds(builders!),
-    ),
-    row(
-      `${title} \`nix build --store ssh-ng:// --eval-store auto\` + \`nix copy\``,
-      "≥ ×1.5",
-      () => `${faster(store!)} faster: ${seconds(edictTimes!)}`,
-      () => seconds(store!),
-    ),
+    chainRow("`--builders ssh://`", "≥ ×15", builders!, sharedBuilders!),
+    chainRow(copying, "≥ ×1.5", store!, sharedStore!),
   )
 }
 
+/** Lets the next build of a project be a new one. */
+function resalt(lab: Lab, directory: string): void {
+  writeFileSync(lab.client.outside(join(directory, "salt.txt")), salt())
+}
+
+/** Lets Nix use the shared connection. */
+const SHARE = `export NIX_SSHOPTS="${SHARED}"`
+
 const BUILDERS = `
-  export NIX_SSHOPTS="${SHARED}"
   nix build .#chain --builders 'ssh://root@${FAR.name} ${SYSTEM}' --max-jobs 0`
 
 const REMOTE_STORE = `
   set -e
-  export NIX_SSHOPTS="${SHARED}"
   path=$(nix build .#chain --store ssh-ng://root@${FAR.name} --eval-store auto --no-link --json |
     sed 's/.*"out":"\\([^"]*\\)".*/\\1/')
   nix copy --no-check-sigs --from ssh-ng://root@${FAR.name} "$path"
@@ -556,7 +580,7 @@ async function measureBig(lab: Lab): Promise<Findings> {
   const bytes = lab.sizes.big
   await firstBuild(lab, EDICT_TOOL, NEAR)
   await EDICT_TOOL.build(lab, NEAR, "big")
-  const path = await quietly(lab.client, "readlink result", directory)
+  const path = resultIn(lab, directory)
   const peaks: number[] = []
   const results: Measure = { times: [] }
   const fresh = () => forget(lab, [directory])
@@ -578,6 +602,7 @@ async function measureBig(lab: Lab): Promise<Findings> {
       },
     ],
   )
+  lab.samples.set("big: edict, results stage", results.times)
   const title = `${bytes / 1e9} GB closure (one incompressible file) over loopback`
   const of = (peer: Measure, own: Measure) => figure(ratio(peer, own), "of its speed", 2)
   return only(
@@ -642,6 +667,7 @@ async function measureTree(lab: Lab): Promise<Findings> {
     { name: "edict --sync", run },
     { name: "git status", run: () => time(lab, "git status --porcelain", LARGE) },
   ])
+  lab.samples.set("tree: edict, scan stage", scans.times)
   return only(
     row(
       `git tree of ${files.toLocaleString("en")} files in ${directories.toLocaleString("en")} directories, nothing changed, against \`git status\` of it`,
@@ -660,7 +686,11 @@ async function makeLargeTree(lab: Lab): Promise<void> {
   const nameOf = (n: number) => join(outside, "src", `d${n % 400}`, `e${Math.floor(n / 400)}`)
   for (let n = 0; n < directories; n++) mkdirSync(nameOf(n), { recursive: true })
   for (let n = 0; n < files; n++) writeFileSync(join(nameOf(n % directories), `f${n}`), `file ${n}\n`)
-  await quietly(lab.client, `${GIT_INIT} && git gc -q && sleep 1 && git status --porcelain`, LARGE)
+  await quietly(
+    lab.client,
+    `git config --global gc.auto 0 && ${GIT_INIT} && git gc -q && sleep 1 && git status --porcelain`,
+    LARGE,
+  )
 }
 
 // ── Start-up ───
@@ -725,7 +755,7 @@ async function describeMachine(lab: Lab): Promise<Record<string, string>> {
   return {
     machine: `${processors.length} cores, ${processors[0]?.model.trim() ?? "unknown"}, ${Math.round(totalmem() / 2 ** 30)} GiB`,
     kernel: `${release()} ${process.arch}`,
-    load: loadavg()
+    "load average at the end": loadavg()
       .map((load) => load.toFixed(1))
       .join(" "),
     nix: await first("nix --version"),
@@ -733,8 +763,18 @@ async function describeMachine(lab: Lab): Promise<Record<string, string>> {
     rsync: (await first("rsync --version")).replace(/\s+/g, " "),
     OpenSSH: await first("ssh -V"),
     bun: Bun.version,
-    edict: await first(`'${EDICT}' --version`),
+    edict: `${await first(`'${EDICT}' --version`)} (${sourceVersion()})`,
   }
+}
+
+/** The commit of the checkout, and whether edict.ts differs from it. */
+function sourceVersion(): string {
+  const git = (...words: string[]) =>
+    Bun.spawnSync(["git", "-C", REPOSITORY, ...words], { stderr: "ignore" })
+      .stdout.toString()
+      .trim()
+  const changed = git("status", "--porcelain", "--", "edict.ts") !== ""
+  return (git("rev-parse", "--short", "HEAD") || "no commit") + (changed ? ", changed since" : "")
 }
 
 function markdownTable(heads: readonly string[], lines: readonly (readonly string[])[]): string {
@@ -752,14 +792,26 @@ function markdown(lab: Lab, { rows, walls }: Findings, machine: Record<string, s
     walls.map((next) => [next.case, next.tool, ...next.times]),
   )
   const { turns, slowTurns } = lab.sizes
-  const how = `Medians of ${turns} turns (${slowTurns} for slow peers and the big result), with minimum and maximum; RTT: round trips, as the slope of wall time over round-trip time; connections were open.`
+  const quick =
+    lab.sizes === QUICK ? "Quick run: smaller sizes, and fewer turns, than what must hold is meant for. " : ""
+  const how = `${quick}Medians of ${turns} turns (${slowTurns} for slow peers and the big result), with minimum and maximum; ratios are taken turn by turn. RTT: round trips, as the slope of wall time over round-trip time. The connections of edict, the script and plain ssh were open.`
   const facts = Object.entries(machine).map(([name, text]) => `- ${name}: ${text}`)
   return [table, ...(walls.length > 0 ? [wall] : []), how, facts.join("\n")].join("\n\n")
 }
 
 // ── Main ───
 
-const say = (text: string): void => console.error(`bench: ${text}`)
+let stopping = false
+
+/** The machines are going: nothing may be written to where they were, as that would stay. */
+async function haltIfStopping(): Promise<void> {
+  if (stopping) await new Promise(() => undefined)
+}
+
+/** Tells what goes on, on stderr. */
+function say(text: string): void {
+  console.error(`bench: ${text}`)
+}
 
 type Arguments = { quick: boolean; json: boolean; sections: Section[] }
 
@@ -786,6 +838,7 @@ async function measureSection(lab: Lab, section: Section): Promise<Findings> {
   try {
     return await section.measure(lab)
   } catch (error) {
+    await haltIfStopping()
     const why = error instanceof Error ? error.message : String(error)
     return only({ case: section.name, must: "", measured: `not measured: ${why}`, peer: "" })
   } finally {
@@ -808,15 +861,18 @@ async function main(argv: readonly string[]): Promise<void> {
 }
 
 /** Ctrl-C and kill: the machines go first. */
-function stopOn(signal: "SIGINT" | "SIGTERM", code: number): void {
-  process.on(signal, () => void stopLab().finally(() => process.exit(code)))
+function stopOn(signal: NodeJS.Signals): void {
+  process.on(signal, () => {
+    stopping = true
+    void stopLab().finally(() => process.exit(128 + constants.signals[signal]))
+  })
 }
 
-stopOn("SIGINT", 130)
-stopOn("SIGTERM", 143)
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) stopOn(signal)
 try {
   await main(process.argv.slice(2))
 } catch (error) {
+  await haltIfStopping()
   say(error instanceof Error ? error.message : String(error))
   process.exitCode = 1
 } finally {

@@ -448,7 +448,7 @@ describe("remotePath", () => {
 
 describe("--dry-run", () => {
   const upload = (from: string, more = "") =>
-    `rsync -lptI '--chmod=Du+rwx' --whole-file --from0 '--files-from=-' -e ${more || "ssh"} -- ${from} h:IN/`
+    `rsync -lptI --chmod=Du+rwx --whole-file --from0 --files-from=- -e ${more || "ssh"} -- ${from} h:IN/`
   const fetch = (ssh = "ssh -- h") => [
     "# result links that it made, after their closures came home",
     `${ssh} 'nix-store --export PATHS…' | nix-store --import`,

@@ -243,7 +243,7 @@ export async function expectEqual(lab: Lab, cwd: string, there: string, plain: b
   })
 }
 
-async function ignoredBy(lab: Lab, cwd: string, names: Set<string>): Promise<Set<string>> {
+export async function ignoredBy(lab: Lab, cwd: string, names: Set<string>): Promise<Set<string>> {
   if (names.size === 0) return names
   const stdin = Buffer.from([...names].map((name) => `./${name}\0`).join(""), "latin1")
   const argv = ["git", "check-ignore", "--no-index", "-z", "--stdin"]
