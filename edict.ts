@@ -17,11 +17,12 @@
  * One file on purpose: copy it, read it, change it. What is exported is exported for the tests; it is no
  * stable interface. Contents:
  *
- *    1 Help            6 Scan              11 Run           16 Session
- *    2 Types           7 Trees and map     12 Results       17 Ssh
- *    3 Main            8 Local state       13 Sync back     18 Processes
- *    4 Arguments       9 Git copies        14 Commits       19 Files, messages and errors
- *    5 Hosts          10 Upload            15 Remote scripts
+ *    1 Help           7 Trees and map   13 Sync back        19 Many hosts
+ *    2 Types          8 Local state     14 Commits          20 Probe
+ *    3 Main           9 Git copies      15 Remote scripts   21 Pick
+ *    4 Arguments     10 Upload          16 Session          22 Hosts, doctor, clean, completion
+ *    5 Hosts         11 Run             17 Ssh              23 Files, messages and errors
+ *    6 Scan          12 Results         18 Processes
  */
 import fs from "node:fs"
 import os from "node:os"
@@ -37,13 +38,19 @@ usage: edict [options] HOST nix COMMAND…            any Nix command (also nix-
        edict [options] HOST FLAKEREF [-- ARGS…]     short for: nix run FLAKEREF -- ARGS
        edict [options] nix COMMAND…                 on the default host (config "default", or $EDICT_HOST)
 
-HOST is a name of the host config, [user@]host, an alias of ssh_config, or ssh://[user@]host[:port].
+       edict --doctor HOST… | --hosts | --clean HOST… | --completion bash|zsh|fish
+
+HOST is a name of the host config, [user@]host, an alias of ssh_config, ssh://[user@]host[:port], or @TAG (every
+host of the config with that tag; @all). With several, the command runs on all of them, or on one with --pick.
 Options stand before HOST; everything after it belongs to the command.
 
   --sync            bring the current directory along and its changes home, flake or not
   --no-sync         bring no change home
   -n, --dry-run     print the plan as the shell lines that would run; contacts no host, changes nothing
-  --json            print the plan of --dry-run as JSON
+  --json            print the plan of --dry-run, or what --hosts and --doctor found, as JSON
+  --pick            run on one host of the list: the best that fits the system and answers
+  --system SYSTEM   the system that --pick needs (default: the one that the command names, else the one here)
+  --jobs N, --fail-fast   with several hosts: at most N at once; stop the rest at the first failure
   --report FILE     write what happened as JSON: host, exit code, times, result links, changed files
   --allow-mass-delete   let the command delete more than half of the tracked files here, too
   -v                trace every command with its time; -vv: what the remote side answers too
@@ -52,6 +59,11 @@ Options stand before HOST; everything after it belongs to the command.
   -A, --forward-agent   forward the ssh agent (for private inputs)
   -o OPTION, -p PORT, -i FILE, -F FILE, -J HOST     handed to ssh, as ssh takes them
   --config FILE     instead of $XDG_CONFIG_HOME/edict/config.toml
+  --link-suffix TEXT   what the names of result links end in (with several hosts: -NAME)
+  --doctor HOST…    say what works between here and there, and how to mend what does not
+  --hosts           list the hosts of the config, and whether they answer
+  --clean HOST…     remove what edict left on a host
+  --completion SHELL   print completions for bash, zsh or fish (--complete-hosts: the words that they offer for HOST)
   --help, --version
 
 examples:
@@ -73,11 +85,16 @@ type Env = Readonly<Record<string, string | undefined>>
 /** What the user typed; nothing is looked up yet. */
 export type Options = Readonly<{
   sync: "auto" | "always" | "never"
-  action: "run" | "dry-run" | "help" | "version"
+  action: "run" | "dry-run" | "help" | "version" | "hosts" | "doctor" | "clean" | "completion" | "complete"
   json: boolean
   verbosity: number // -1 quiet, 0, 1 trace, 2 trace and remote answers
   tty: "auto" | "always" | "never"
   allowMassDelete: boolean
+  pick: boolean
+  system?: string // that --pick has to fit
+  jobs: number // hosts at once
+  failFast: boolean
+  linkSuffix: string // what the names of result links end in, with several hosts: "-NAME"
   report?: string
   config?: string
   sshOptions: readonly string[]
@@ -99,8 +116,10 @@ export type Host = Readonly<{
   substitute: boolean // ask the substituters here before the host
   systems: readonly string[]
   features: readonly string[]
+  mandatoryFeatures: readonly string[]
   speed: number
   tags: readonly string[]
+  knownHosts?: Readonly<{ file: string; line: string }> // a host key from the machines file
 }>
 
 /**
@@ -130,6 +149,7 @@ export type Plan = Readonly<{
   trees: readonly Tree[]
   cwd: Readonly<{ local: string; remote: string }>
   linkDirectories: readonly Readonly<{ local: string; remote: string }>[] // where result links may appear
+  linkPrefix: string // what the names of result links begin with
   storePaths: readonly string[] // that the command names by a link here, or that its flakes are locked to
   command: readonly RemoteWord[]
   root: string // where this machine's trees are over there
@@ -228,18 +248,44 @@ export async function main(argv: readonly string[], env: Env = process.env): Pro
   const invocation = await parseArguments(argv, env)
   if (invocation.options.action === "help") return print(USAGE)
   if (invocation.options.action === "version") return print(`edict ${VERSION}\n`)
-  const host = chooseHost(await readConfig(invocation.options, env), invocation, env)
-  const where = { host, cwd: process.cwd(), env }
-  if (invocation.options.action === "dry-run") {
-    const plan = makePlan(invocation, { ...where, slot: 0 })
-    return print(plan.options.json ? planAsJson(plan) : describePlan(plan))
-  }
-  const { plan, locks } = takeFreeSlot(invocation, where)
+  if (invocation.options.action === "completion") return print(completionScript(invocation.host ?? ""))
+  const config = await readConfig(invocation.options, env)
+  if (invocation.options.action === "complete") return print(hostWords(config, env))
+  if (invocation.options.action === "hosts") return await listHosts(config, invocation.options, env)
+  const hosts = chooseHosts(config, invocation, env)
+  if (invocation.options.action === "doctor") return await examine(hosts, invocation.options, env)
+  if (invocation.options.action === "clean") return await cleanHosts(hosts, invocation.options, env)
+  const here = { cwd: process.cwd(), env }
+  if (invocation.options.action === "dry-run") return describe(invocation, hosts, here)
+  const chosen = invocation.options.pick ? [await pickHost(invocation, hosts, here)] : hosts
+  return chosen.length === 1
+    ? await runAlone(invocation, chosen[0]!, here)
+    : await runOnMany(invocation, chosen, argv)
+}
+
+/** The command on one host, in the first slot whose trees nobody else uses. */
+async function runAlone(
+  invocation: Invocation,
+  host: Host,
+  here: { cwd: string; env: Env },
+): Promise<number> {
+  const { plan, locks } = takeFreeSlot(invocation, { host, ...here })
   try {
-    return await runOn(plan, env)
+    const code = await runOn(plan, here.env)
+    rememberHost(plan, here.env)
+    return code
   } finally {
     for (const lock of locks) fs.closeSync(lock)
   }
+}
+
+/** Prints what would be done on each host. */
+function describe(invocation: Invocation, hosts: readonly Host[], here: { cwd: string; env: Env }): number {
+  const plans = hosts.map((host) => makePlan(invocation, { host, ...here, slot: 0 }))
+  if (invocation.options.json && plans.length === 1) return print(planAsJson(plans[0]!))
+  if (invocation.options.json)
+    return print(`[${plans.map((plan) => planAsJson(plan).trimEnd()).join(",\n")}]\n`)
+  return print(plans.map(describePlan).join("\n"))
 }
 
 /** One plan on its host, stage after stage. */
@@ -283,8 +329,15 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
 // Looks nothing up. Options stand before HOST; the first word that is none ends them.
 
 const SSH_VALUE_OPTIONS = ["o", "p", "i", "F", "J"] as const
-const VALUE_OPTIONS = ["report", "config"] as const
+const VALUE_OPTIONS = ["report", "config", "system", "jobs", "completion", "link-suffix"] as const
+const VALUE_WORD = new RegExp(`^(--(?:${VALUE_OPTIONS.join("|")}))(?:=(.*))?$`, "s")
 const FLAG_OPTIONS = [
+  "hosts",
+  "doctor",
+  "clean",
+  "complete-hosts",
+  "pick",
+  "fail-fast",
   "sync",
   "dry-run",
   "json",
@@ -323,23 +376,45 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
   }
   const options: Options = {
     sync: forced("sync"),
-    action: flag("help", "h")
-      ? "help"
-      : flag("version")
-        ? "version"
-        : flag("dry-run", "n")
-          ? "dry-run"
-          : "run",
+    action: actionOf(flag, value("completion")),
     json: flag("json"),
     verbosity: flag("quiet", "q") ? -1 : expanded.filter((word) => word === "-v").length,
     tty: forced("tty"),
     allowMassDelete: flag("allow-mass-delete"),
+    pick: flag("pick"),
+    system: value("system"),
+    jobs: jobsOf(value("jobs")),
+    failFast: flag("fail-fast"),
+    linkSuffix: value("link-suffix") ?? "",
     report: value("report"),
     config: value("config"),
     sshOptions: [...sshOptionWords(expanded), ...(flag("A", "forward-agent") ? ["-A"] : [])],
   }
-  if (options.json && options.action === "run") throw new UsageError("--json goes with --dry-run", "edict --dry-run --json …")
+  if (options.json && options.action === "run")
+    throw new UsageError("--json goes with --dry-run, --hosts or --doctor", "edict --dry-run --json …")
+  if (options.system !== undefined && !options.pick)
+    throw new UsageError("--system goes with --pick", "edict --pick --system x86_64-linux a,b nix …")
+  if (options.action === "completion") return { options, host: value("completion"), command: [] }
   return { options, ...splitCommand(rest, options, env) }
+}
+
+/** What edict itself is asked to do; the first that is given counts. */
+function actionOf(flag: (...names: string[]) => boolean, completion: string | undefined): Options["action"] {
+  if (flag("help", "h")) return "help"
+  if (completion !== undefined) return "completion"
+  const actions = ["version", "hosts", "doctor", "clean"] as const
+  return (
+    actions.find((name) => flag(name)) ??
+    (flag("complete-hosts") ? "complete" : flag("dry-run", "n") ? "dry-run" : "run")
+  )
+}
+
+/** Value of --jobs; as many as there are hosts without it. */
+function jobsOf(word: string | undefined): number {
+  if (word === undefined) return Number.POSITIVE_INFINITY
+  if (!/^[1-9]\d{0,5}$/.test(word))
+    throw new UsageError(`--jobs takes a number from 1, not ${shown(word)}`, "edict --jobs 4 …")
+  return Number(word)
 }
 
 /** Cuts argv where the options end, with `-vv` as `-v -v`, `-p22` and `-p 22` as `-p=22`. */
@@ -354,7 +429,7 @@ function splitOptions(argv: readonly string[]): [string[], readonly string[]] {
     if (word === "--") return [options, argv.slice(at + 1)]
     if (!word.startsWith("-") || word === "-") return [options, argv.slice(at)]
     const [, letter, attached] = /^(-[opiFJ])(.*)$/s.exec(word) ?? []
-    const [, name, assigned] = /^(--(?:report|config))(?:=(.*))?$/s.exec(word) ?? []
+    const [, name, assigned] = VALUE_WORD.exec(word) ?? []
     if (letter !== undefined) withValue(letter, attached || argv[++at])
     else if (name !== undefined) withValue(name, assigned ?? argv[++at])
     else if (/^-[vnqAh]{2,}$/.test(word)) options.push(...[...word.slice(1)].map((flag) => `-${flag}`))
@@ -375,8 +450,14 @@ function splitCommand(
   options: Options,
   env: Env,
 ): Pick<Invocation, "host" | "command"> {
-  if (options.action === "help" || options.action === "version") return { command: [] }
+  const alone = ["help", "version", "hosts", "complete", "completion"]
+  if (alone.includes(options.action)) return { command: [] }
   const [first, ...others] = rest
+  if (options.action === "doctor" || options.action === "clean") {
+    if (rest.some((word) => isNixProgram(word)))
+      throw new UsageError(`--${options.action} takes hosts, no command`, `edict --${options.action} HOST`)
+    return { host: first === undefined ? env.EDICT_HOST || undefined : rest.join(","), command: [] }
+  }
   if (first === undefined) throw new UsageError("no host and no command given", "edict HOST nix build .#x")
   if (isNixProgram(first)) return { host: env.EDICT_HOST || undefined, command: rest }
   const [program] = others
@@ -409,9 +490,11 @@ export type HostConfig = Readonly<{
   address?: string
   systems: readonly string[]
   features: readonly string[]
+  mandatoryFeatures: readonly string[] // only of the machines file: a host with such takes only what needs them
   speed: number
   tags: readonly string[]
   sshOptions: readonly string[]
+  hostKey?: string // a line of a known_hosts file without the name
   directory?: string
   forwardAgent: boolean
   env: Readonly<Record<string, string>>
@@ -533,6 +616,7 @@ function hostConfig(table: Record<string, unknown>): HostConfig {
     address: table.address as string | undefined,
     systems: (table.systems as string[] | undefined) ?? [],
     features: (table.features as string[] | undefined) ?? [],
+    mandatoryFeatures: [],
     speed: (table.speed as number | undefined) ?? 1,
     tags: (table.tags as string[] | undefined) ?? [],
     sshOptions: (table["ssh-options"] as string[] | undefined) ?? [],
@@ -553,25 +637,108 @@ async function readConfig(options: Options, env: Env): Promise<Config> {
     named ?? path.join(env.XDG_CONFIG_HOME || path.join(homeOf(env), ".config"), "edict", "config.toml")
   if (named === undefined && !fs.existsSync(file)) return { file, hosts: {} }
   try {
-    return await parseConfig(fs.readFileSync(file, "utf8"), file)
+    const config = await parseConfig(fs.readFileSync(file, "utf8"), file)
+    if (config.machines === undefined) return config
+    const machines = parseMachines(readText(config.machines) ?? "", (name) => readText(name) ?? "")
+    return { ...config, hosts: { ...machines, ...config.hosts } }
   } catch (error) {
     if (error instanceof EdictError) throw error
     throw new EdictError(`${file}: cannot read the host config: ${reason(error)}`)
   }
 }
 
-/** The host that an invocation means. Throws UsageError where none is named and none is the default. */
-export function chooseHost(config: Config, invocation: Invocation, env: Env): Host {
+/**
+ * Nix's own list of machines: URI, systems, ssh key, jobs, speed, features, mandatory features, host key in base64;
+ * `-` for a default, comments, `;` as a line break, `@FILE` for another file (missing ones are empty), as in Nix's
+ * machines.cc. A host is named by what its URI says before any `?`.
+ */
+export function parseMachines(
+  text: string,
+  include: (file: string) => string,
+  depth = 0,
+): Record<string, HostConfig> {
+  const result: Record<string, HostConfig> = {}
+  for (const raw of text.split(/[\n;]/)) {
+    const line = raw.replace(/#.*/, "").trim()
+    if (line === "") continue
+    if (line.startsWith("@")) {
+      if (depth < 10) Object.assign(result, parseMachines(include(line.slice(1)), include, depth + 1))
+      continue
+    }
+    const [uri, systems, key, , speed, features, mandatory, hostKey] = line
+      .split(/\s+/)
+      .map((field) => (field === "-" ? "" : field))
+    const list = (field: string | undefined) => (field ? field.split(",") : [])
+    if (!uri || (/^\w[\w+-]*:\/\//.test(uri) && !/^ssh(-ng)?:\/\//.test(uri))) continue
+    const name = uri.replace(/^ssh(-ng)?:\/\//, "").replace(/[/?].*$/, "")
+    const authority = /^ssh/.test(uri) && uri.includes("://") ? uri.replace(/\?.*$/, "") : name
+    result[name] = {
+      ...hostConfig({
+        address: authority,
+        systems: list(systems),
+        features: [...list(features), ...list(mandatory)],
+        speed: Number(speed) > 0 ? Number(speed) : 1,
+        "ssh-options": key ? ["-i", key] : [],
+      }),
+      mandatoryFeatures: list(mandatory),
+      hostKey: hostKey ? Buffer.from(hostKey, "base64").toString("utf8").trim() : undefined,
+    }
+  }
+  return result
+}
+
+/**
+ * The hosts that an invocation means, each once. Throws UsageError where none is named and none is the default, or a
+ * tag that no host has.
+ */
+export function chooseHosts(config: Config, invocation: Invocation, env: Env): Host[] {
   const word = invocation.host ?? config.default
   if (word === undefined)
     throw new UsageError(
       "no host given, and no default",
       `edict HOST ${shown(invocation.command.map(shellQuote).join(" "))}, or: default = "HOST" in ${config.file}`,
     )
-  if (/[,]|^@/.test(word))
-    throw new UsageError(`${shown(word)} names several hosts; this version runs on one`, "name one host")
+  const names = word
+    .split(",")
+    .flatMap((name) => (name.startsWith("@") ? taggedHosts(config, name.slice(1)) : [name]))
+  const hosts = [...new Set(names)].map((name) => hostNamed(config, name, { invocation, env }))
+  return hosts.filter(
+    (host, at) =>
+      hosts.findIndex(
+        (other) =>
+          other.destination === host.destination && other.sshOptions.join(" ") === host.sshOptions.join(" "),
+      ) === at,
+  )
+}
+
+/** Names of the hosts with a tag; every host has the tag "all". */
+function taggedHosts(config: Config, tag: string): string[] {
+  const names = Object.keys(config.hosts).filter(
+    (name) => tag === "all" || config.hosts[name]!.tags.includes(tag),
+  )
+  if (names.length > 0) return names
+  const tags = [...new Set(Object.values(config.hosts).flatMap((host) => host.tags))]
+  const close = nearest(tag, tags)
+  throw new UsageError(
+    `no host in ${config.file} has the tag ${shown(tag)}${tags.length > 0 ? `; there are ${tags.join(", ")}` : ""}`,
+    close ? `edict @${close} …` : `tags = ["${tag}"] in a [hosts.NAME] table`,
+  )
+}
+
+/** One host: by its name in the config, else as an address. */
+function hostNamed(
+  config: Config,
+  word: string,
+  given: { invocation: Pick<Invocation, "options">; env: Env },
+): Host {
+  const { invocation, env } = given
   const settings = Object.hasOwn(config.hosts, word) ? config.hosts[word]! : hostConfig({})
   const address = parseAddress(settings.address ?? word)
+  const known =
+    settings.hostKey === undefined
+      ? undefined
+      : path.join(cacheDirectory(env), `known_hosts-${hash(`${word} ${settings.hostKey}`).slice(0, 16)}`)
+  const alias = address.destination.replace(/^.*@/, "")
   return {
     name: word,
     destination: address.destination,
@@ -580,7 +747,9 @@ export function chooseHost(config: Config, invocation: Invocation, env: Env): Ho
       ...(address.port ? ["-p", address.port] : []),
       ...settings.sshOptions.map((option) => option.replace(/^~(?=\/)/, homeOf(env))),
       ...(settings.forwardAgent ? ["-A"] : []),
+      ...(known ? ["-o", `UserKnownHostsFile=${known}`, "-o", `HostKeyAlias=${alias}`] : []),
     ],
+    knownHosts: known ? { file: known, line: `${alias} ${settings.hostKey!}\n` } : undefined,
     directory: (settings.directory ?? DEFAULT_DIRECTORY).replace(/^~\//, "").replace(/\/+$/, ""),
     env: settings.env,
     requireSignatures: settings.requireSignatures,
@@ -589,6 +758,7 @@ export function chooseHost(config: Config, invocation: Invocation, env: Env): Ho
     substitute: settings.substitute,
     systems: settings.systems,
     features: settings.features,
+    mandatoryFeatures: settings.mandatoryFeatures,
     speed: settings.speed,
     tags: settings.tags,
   }
@@ -1194,6 +1364,7 @@ export function makePlan(
     linkDirectories: linkDirectories(scanned, cwd)
       .filter((local) => !comesHome(local))
       .map((local) => ({ local, remote: map.place(local) })),
+    linkPrefix: typeof scanned.outLink === "object" ? path.basename(scanned.outLink.path) : "result",
     storePaths: [
       ...scanned.references.flatMap((reference) => reference.target ?? []),
       ...flakes.flatMap((flake) => (flake?.flakeDirectory ? lockedStorePaths(flake.flakeDirectory) : [])),
@@ -1488,7 +1659,9 @@ function rewriteCommand(
   const rewritten = words.map((word, index): RemoteWord => {
     const other = mapped.find(({ reference }) => reference.index === index)?.word
     // What is no reference is the name of an input.
-    return scanned.updatePositional.includes(index) && typeof other === "string" ? { update: other } : (other ?? word)
+    return scanned.updatePositional.includes(index) && typeof other === "string"
+      ? { update: other }
+      : (other ?? word)
   })
   if (scanned.implicit === "flake" && implicit?.kind === "directory" && scanned.insertAt >= 0) {
     const relative = path.relative(map.place(map.cwd), map.place(implicit.flakeDirectory!)) || "."
@@ -1628,10 +1801,15 @@ function readManifest(file: string): Manifest | undefined {
   try {
     const content = fs.readFileSync(file, "utf8")
     const end = content.indexOf("\n")
-    const { version, ...header } = JSON.parse(content.slice(0, end)) as Omit<Manifest, "entries"> & { version: number }
+    const { version, ...header } = JSON.parse(content.slice(0, end)) as Omit<Manifest, "entries"> & {
+      version: number
+    }
     if (version !== MANIFEST_VERSION) return undefined
     let read: Map<Name, Entry> | undefined
-    return Object.defineProperty({ ...header } as Manifest, "entries", { enumerable: true, get: () => (read ??= parseEntries(content.slice(end + 1))) })
+    return Object.defineProperty({ ...header } as Manifest, "entries", {
+      enumerable: true,
+      get: () => (read ??= parseEntries(content.slice(end + 1))),
+    })
   } catch {
     return undefined
   }
@@ -1639,17 +1817,28 @@ function readManifest(file: string): Manifest | undefined {
 
 function parseEntries(line: string): Map<Name, Entry> {
   const entries = JSON.parse(line) as [Name, Entry["type"], number, string, string][]
-  return new Map(entries.map(([name, type, mode, identity, contents]) => [name, { type, mode, identity, hash: contents }]))
+  return new Map(
+    entries.map(([name, type, mode, identity, contents]) => [name, { type, mode, identity, hash: contents }]),
+  )
 }
 
 /** Replaces a manifest as a whole: written beside, synced, renamed. */
 function writeManifest(file: string, manifest: Manifest): void {
   const { entries, ...header } = manifest
-  const rows = [...entries].map(([name, { type, mode, identity, hash: contents }]) => [name, type, mode, identity, contents])
+  const rows = [...entries].map(([name, { type, mode, identity, hash: contents }]) => [
+    name,
+    type,
+    mode,
+    identity,
+    contents,
+  ])
   fs.mkdirSync(path.dirname(file), { recursive: true, mode: 0o700 })
   const temporary = `${file}.${process.pid}`
   const descriptor = fs.openSync(temporary, "w", 0o600)
-  fs.writeSync(descriptor, `${JSON.stringify({ version: MANIFEST_VERSION, ...header })}\n${JSON.stringify(rows)}`)
+  fs.writeSync(
+    descriptor,
+    `${JSON.stringify({ version: MANIFEST_VERSION, ...header })}\n${JSON.stringify(rows)}`,
+  )
   fs.fsyncSync(descriptor)
   fs.closeSync(descriptor)
   fs.renameSync(temporary, file)
@@ -1659,7 +1848,11 @@ function writeManifest(file: string, manifest: Manifest): void {
 type Place = Readonly<{ name: Name; root: string; inner: Name; stat: Stat }>
 
 /** What belongs to `tree` now: every path with its state, hashed where the manifest does not vouch for it. */
-async function scanTree(tree: Tree, known: ReadonlyMap<Name, Entry> | undefined, env: Env): Promise<Map<Name, Source>> {
+async function scanTree(
+  tree: Tree,
+  known: ReadonlyMap<Name, Entry> | undefined,
+  env: Env,
+): Promise<Map<Name, Source>> {
   return sourcesOf(await listTree(tree, env), known)
 }
 
@@ -1675,7 +1868,18 @@ function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | u
     const seen = type === "directory" ? "" : identityOf(stat)
     const trusted = before !== undefined && seen !== "" && before.identity === seen && before.type === type
     const contents = trusted ? before.hash : contentHash(`${root}/${inner}`, type)
-    sources.set(name, { name, root, inner, seen, entry: { type, mode: Number(stat.mode & 0o777n), identity: isSettled(stat, now) ? seen : "", hash: contents } })
+    sources.set(name, {
+      name,
+      root,
+      inner,
+      seen,
+      entry: {
+        type,
+        mode: Number(stat.mode & 0o777n),
+        identity: isSettled(stat, now) ? seen : "",
+        hash: contents,
+      },
+    })
   }
   return sources
 }
@@ -1731,7 +1935,8 @@ async function listRepository(tree: Tree, root: string, prefix: Name, env: Env):
   )
   const places: Place[] = []
   const tags = new Map<Name, string>()
-  for (const item of listed.split("\0")) tags.set(item.endsWith("/") ? item.slice(2, -1) : item.slice(2), item[0] ?? "")
+  for (const item of listed.split("\0"))
+    tags.set(item.endsWith("/") ? item.slice(2, -1) : item.slice(2), item[0] ?? "")
   for (const [inner, tag] of tags) {
     const stat = inner === "" || isOwn(inner) ? undefined : lstat(`${directory}/${inner}`)
     // Result links are this side's own; Nix does not see an untracked one.
@@ -1744,7 +1949,11 @@ async function listRepository(tree: Tree, root: string, prefix: Name, env: Env):
   const copy = bytes(await copying)
   return [
     ...places,
-    ...listDirectory(copy, "").map((place) => ({ ...place, name: `${prefix}.git/${place.inner}`, root: copy })),
+    ...listDirectory(copy, "").map((place) => ({
+      ...place,
+      name: `${prefix}.git/${place.inner}`,
+      root: copy,
+    })),
   ]
 }
 
@@ -2191,7 +2400,15 @@ async function runAtOnce(context: Context, scans: readonly Scanned[]): Promise<R
   const session = context.session!
   const updates = scans.map((scanned, at) => {
     const { manifest, unsettled, places, fingerprint, isSame } = scanned
-    const now = manifest && { manifest, places, fingerprint, isSame, get sources() { return scanned.sources } }
+    const now = manifest && {
+      manifest,
+      places,
+      fingerprint,
+      isSame,
+      get sources() {
+        return scanned.sources
+      },
+    }
     return now && !unsettled ? updateOf(plan.trees[at]!, now) : undefined
   })
   if (plan.storePaths.length > 0 || !updates.every((update) => update !== undefined && isSmall(update.delta)))
@@ -2246,7 +2463,14 @@ async function upload(context: Context, scans: readonly Scanned[]): Promise<Tree
  * `unsettled`: an upload was cut off, and only the other side knows how far it came. `isSame`: nothing changed here
  * since the agreed state; then nobody needs the sources.
  */
-type Scanned = Readonly<{ manifest: Manifest | undefined; unsettled: Manifest | undefined; places: readonly Place[]; fingerprint?: string; isSame: boolean; sources: ReadonlyMap<Name, Source> }>
+type Scanned = Readonly<{
+  manifest: Manifest | undefined
+  unsettled: Manifest | undefined
+  places: readonly Place[]
+  fingerprint?: string
+  isSame: boolean
+  sources: ReadonlyMap<Name, Source>
+}>
 
 async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
   const file = manifestFile(context, tree)
@@ -2272,19 +2496,34 @@ async function stillIgnored(state: TreeState, sources: ReadonlyMap<Name, Source>
 }
 
 /** What brings a tree from the agreed state to what it is here now, and the manifest of the state after it. */
-type Update = Readonly<{ tree: Tree; agreed: Manifest; places: readonly Place[]; delta: Delta; manifest: Manifest }>
+type Update = Readonly<{
+  tree: Tree
+  agreed: Manifest
+  places: readonly Place[]
+  delta: Delta
+  manifest: Manifest
+}>
 
-type Now = Readonly<{ manifest: Manifest; places: readonly Place[]; fingerprint?: string; isSame: boolean; sources: ReadonlyMap<Name, Source> }>
+type Now = Readonly<{
+  manifest: Manifest
+  places: readonly Place[]
+  fingerprint?: string
+  isSame: boolean
+  sources: ReadonlyMap<Name, Source>
+}>
 
 function updateOf(tree: Tree, now: Now): Update {
   const { manifest: agreed, places, fingerprint } = now
-  if (now.isSame) return { tree, agreed, places, manifest: agreed, delta: { send: [], remove: [], removeDirectories: [] } }
+  if (now.isSame)
+    return { tree, agreed, places, manifest: agreed, delta: { send: [], remove: [], removeDirectories: [] } }
   // Nix takes the newest mtime of a `path:` flake, directories included, for lastModified.
   const newest = tree.kind === "directory" ? newestOf(tree, places) : undefined
   const changed = newest !== agreed.newest ? newest : undefined
   const delta = { ...compareTrees(agreed.entries, now.sources), newest: changed }
   const entries = new Map([...now.sources].map(([name, { entry }]) => [name, entry]))
-  const manifest = isEmpty(delta) ? { ...agreed, entries, fingerprint } : { token: randomName(), entries, pruned: agreed.pruned, newest, fingerprint }
+  const manifest = isEmpty(delta)
+    ? { ...agreed, entries, fingerprint }
+    : { token: randomName(), entries, pruned: agreed.pruned, newest, fingerprint }
   return { tree, agreed, places, delta, manifest }
 }
 
@@ -2307,11 +2546,21 @@ async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promi
   )
   const opened = await openTree(context, tree, { manifests, places: scanned.places, state: "any" })
   const agreed = manifests.find(({ token, previous }) => opened.token === token || opened.token === previous)
-  let now: Now = { ...scanned, manifest: { token: "", entries: new Map(), pruned: [], ...agreed }, isSame: scanned.isSame && agreed === scanned.manifest }
+  let now: Now = {
+    ...scanned,
+    manifest: { token: "", entries: new Map(), pruned: [], ...agreed },
+    isSame: scanned.isSame && agreed === scanned.manifest,
+  }
   if (agreed && opened.changes.length > 0) {
     const manifest = { ...now.manifest, ...(await recover(context, { tree, manifest: agreed }, opened)) }
     const places = await listTree(tree, context.env)
-    now = { manifest, places, fingerprint: fingerprintOf(places), isSame: false, sources: sourcesOf(places, manifest.entries) }
+    now = {
+      manifest,
+      places,
+      fingerprint: fingerprintOf(places),
+      isSame: false,
+      sources: sourcesOf(places, manifest.entries),
+    }
   }
   const update = updateOf(tree, now)
   if (isEmpty(update.delta) && opened.state === "same") return settle(context, update)
@@ -2327,7 +2576,11 @@ function settle(context: Context, update: Update): TreeState {
   const file = manifestFile(context, tree)
   if (manifest === agreed) return { tree, manifest, places }
   if (manifest.token !== agreed.token) fs.renameSync(`${file}.next`, file)
-  else if (manifest.fingerprint !== agreed.fingerprint || [...manifest.entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity)) writeManifest(file, manifest)
+  else if (
+    manifest.fingerprint !== agreed.fingerprint ||
+    [...manifest.entries].some(([name, { identity }]) => agreed.entries.get(name)?.identity !== identity)
+  )
+    writeManifest(file, manifest)
   return { tree, manifest: readManifest(file) ?? manifest, places }
 }
 
@@ -2463,7 +2716,8 @@ async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<vo
 }
 
 /** What a path's name in the tree has before its name in the directory it is read from: "", or ".git/". */
-const prefixOf = ({ name, inner }: Pick<Place, "name" | "inner">): Name => name.slice(0, name.length - inner.length)
+const prefixOf = ({ name, inner }: Pick<Place, "name" | "inner">): Name =>
+  name.slice(0, name.length - inner.length)
 
 /** Files that changed while they travelled are sent again next time: what is there is not known. */
 function distrustMoved(entries: ReadonlyMap<Name, Entry>, sent: readonly Source[]): Map<Name, Entry> {
@@ -2495,7 +2749,11 @@ function commitTree(context: Context, update: Update): Promise<unknown>[] {
   const session = context.session!
   const entries = distrustMoved(manifest.entries, delta.send)
   const isWhole = [...entries.values()].every(({ hash: contents }) => contents !== UNKNOWN)
-  writeManifest(`${manifestFile(context, tree)}.next`, { ...manifest, entries, fingerprint: isWhole ? manifest.fingerprint : undefined })
+  writeManifest(`${manifestFile(context, tree)}.next`, {
+    ...manifest,
+    entries,
+    fingerprint: isWhole ? manifest.fingerprint : undefined,
+  })
   const zeroed = (names: readonly Name[]) => names.map((name) => `./${name}\0`).join("")
   return [
     ...(delta.remove.length > 0 ? [session.askBytes("list", tree.id, "remove", zeroed(delta.remove))] : []),
@@ -2592,10 +2850,7 @@ async function runCommand(context: Context, trees: readonly Tree[]): Promise<Out
 function openCommandChannel(context: Context): Promise<number> {
   const { plan } = context
   const terminal = wantsTerminal(plan.options)
-  const argv = [
-    ...commandArguments(context, terminal),
-    commandLine(plan.host.directory, context.run),
-  ]
+  const argv = [...commandArguments(context, terminal), commandLine(plan.host.directory, context.run)]
   return (context.channel ??= foreground(context, argv, { detached: context.multiplexed && !terminal }))
 }
 
@@ -2686,13 +2941,14 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
         })),
     )
   const code = answer.find((line) => line.startsWith("x "))?.slice(2)
+  const suffixed = (link: string) => path.join(path.dirname(link), suffixLink(path.basename(link), plan))
   return {
     closure: answer.flatMap((line) => {
       const found = /^c (\d+) (.*)$/s.exec(line)
       return found ? [{ path: found[2]!, size: Number(found[1]) }] : []
     }),
     exitCode: /^\d{1,3}$/.test(code ?? "") ? Number(code) : EDICT_FAILED,
-    links: [...joinProfiles(links), ...inTrees],
+    links: [...joinProfiles(links), ...inTrees].map((result) => ({ ...result, link: suffixed(result.link) })),
     changes,
     git: new Map(
       trees.map(({ id, at }, index) => [
@@ -2709,6 +2965,15 @@ const isStorePath = (target: string): boolean =>
 const linksToStore = (file: string): boolean => isStorePath(linkText(text(file)) ?? "")
 const isStoreLink = (change: Change): boolean =>
   change.what !== "deleted" && change.type === "link" && isStorePath(change.target ?? "")
+
+/** With several hosts, `result-1-dev` of host a is `result-a-1-dev`: as if -o result-a had been given. */
+export function suffixLink(name: string, plan: Pick<Plan, "linkPrefix" | "options">): string {
+  const { linkPrefix, options } = plan
+  const rest = name.slice(linkPrefix.length)
+  return name.startsWith(linkPrefix) && /^(-|$)/.test(rest)
+    ? linkPrefix + options.linkSuffix + rest
+    : name + options.linkSuffix
+}
 
 /** Lines of `differences` → one Change for each path; `tTEXT` and `nNAME` carry the texts of links. */
 export function parseChanges(answer: readonly string[]): Change[] {
@@ -2782,7 +3047,8 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
         ? !lstat(bytes(link))
         : text.startsWith("/nix/store/") || (isProfile === true && isGeneration({ link, target: text }))
     const why = refused.get(link)
-    if (why) blocked.push(new EdictError(`${shown(link)} ${why}, so it was not made; the result is ${target}`))
+    if (why)
+      blocked.push(new EdictError(`${shown(link)} ${why}, so it was not made; the result is ${target}`))
     else if (!free)
       blocked.push(
         new EdictError(
@@ -2821,7 +3087,8 @@ async function linkResult(context: Context, { link, target, isProfile }: ResultL
 
 /** Whether a link leads to one of its own generations, as those of profiles do: `p -> p-7-link`. */
 const isGeneration = ({ link, target }: ResultLink): boolean =>
-  target.startsWith(`${path.basename(link)}-`) && /^\d+-link$/.test(target.slice(path.basename(link).length + 1))
+  target.startsWith(`${path.basename(link)}-`) &&
+  /^\d+-link$/.test(target.slice(path.basename(link).length + 1))
 
 /** The links into the store; a profile and its generation as one, as generations are numbered on each side. */
 function joinProfiles(links: readonly ResultLink[]): ResultLink[] {
@@ -3269,7 +3536,11 @@ async function ignoredNames(
     )
     if (input.length === 0) continue
     const directory = text(`${bytes(tree.local)}${repository === "" ? "" : `/${repository}`}`)
-    const answer = await capture(git(directory, "check-ignore", "--no-index", "-z", "--stdin"), "may-fail", input)
+    const answer = await capture(
+      git(directory, "check-ignore", "--no-index", "-z", "--stdin"),
+      "may-fail",
+      input,
+    )
     for (const name of answer.split("\0").map((dotted) => dotted.slice(2)))
       if (name !== "") ignored.add(repository === "" ? name : `${repository}/${name}`)
   }
@@ -3345,10 +3616,7 @@ function bareRepositories(root: string, changes: readonly Change[]): Name[] {
 }
 
 /** Places in the tree that the git config here tells git to run or to include, in lower case. */
-async function obeyedByGit(
-  tree: Tree,
-  changes: readonly Change[],
-): Promise<{ name: Name; key: string }[]> {
+async function obeyedByGit(tree: Tree, changes: readonly Change[]): Promise<{ name: Name; key: string }[]> {
   if (changes.length === 0 || gitRootOf(rootHere(tree)) === undefined) return []
   const root = rootHere(tree)
   const nested = new Set(changes.map(({ name }) => repositoryOf(tree, name)).filter((name) => name !== ""))
@@ -3633,7 +3901,10 @@ async function fetchContents(
 /** How much the other side announced, and how much it may send: tar's headers, padding and long names on top. */
 function fetchLimit(changes: readonly Change[]): { announced: number; bytes: number } {
   const announced = changes.reduce((sum, { size }) => sum + size, 0)
-  const headers = changes.reduce((sum, { name, target }) => sum + 4096 + 4 * name.length + 4 * (target ?? "").length, 0)
+  const headers = changes.reduce(
+    (sum, { name, target }) => sum + 4096 + 4 * name.length + 4 * (target ?? "").length,
+    0,
+  )
   return { announced, bytes: Math.ceil(announced * 1.25) + headers + 2 ** 24 }
 }
 
@@ -3686,7 +3957,8 @@ function applyChange(work: Work, change: Change): Applied {
   } catch (error) {
     const why = `could not be written here: ${reason(error).replace(/, \w+ '.*$/s, "")}`
     try {
-      const theirs = change.what === "deleted" || change.type === "directory" ? undefined : arrived(work, change)
+      const theirs =
+        change.what === "deleted" || change.type === "directory" ? undefined : arrived(work, change)
       if (theirs) return conflict(work, change, theirs, why)
     } catch {
       // it cannot be kept either: it stays over there, and the next run tries again
@@ -3827,8 +4099,7 @@ function replaceLocal(work: Work, change: Change, theirs: Entry, local: LocalSta
   const fresh = onDeviceOf(work, target, `${work.stage}/${name}`)
   const own = local.type === "file" ? local.mode : 0o666 & ~currentUmask()
   const keepsBits = base?.type === "file" && (base.mode & 0o100) === (theirs.mode & 0o100)
-  if (theirs.type === "file")
-    fs.chmodSync(buffer(fresh), keepsBits ? own : withExecutable(own, theirs.mode))
+  if (theirs.type === "file") fs.chmodSync(buffer(fresh), keepsBits ? own : withExecutable(own, theirs.mode))
   if (!exchange(fresh, target)) return replaceByMoves(work, change, theirs, { local, fresh })
   const identity = contentIdentity(fresh)
   const out = stateOf(fresh)
@@ -4773,12 +5044,10 @@ async function openSession(context: Context): Promise<Session> {
   }
   const began = performance.now()
   send(encodeScript(AGENT_SCRIPT))
-  const greeting = session
-    .ask("hello", plan.root, plan.host.directory, context.run)
-    .then((answer) => {
-      context.noisy = answer.some((line) => line !== "" && !line.startsWith("f "))
-      return new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2)))
-    })
+  const greeting = session.ask("hello", plan.root, plan.host.directory, context.run).then((answer) => {
+    context.noisy = answer.some((line) => line !== "" && !line.startsWith("f "))
+    return new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2)))
+  })
   greeting.then(
     () => (context.roundTrip = (performance.now() - began) / 3),
     () => undefined,
@@ -4788,8 +5057,11 @@ async function openSession(context: Context): Promise<Session> {
 
 // ── 17. Ssh: one connection, and what its failures mean ─────────────────────────────────────────────────
 
+/** What it takes to reach a host: the host, and the socket of the shared connection or "". */
+type Reach = Readonly<{ plan: Pick<Plan, "host">; control: string; noisy: boolean }>
+
 /** The ssh program with all options but the host, for rsync -e. */
-function sshProgram(context: Pick<Context, "plan" | "control">): string[] {
+function sshProgram(context: Reach): string[] {
   const control =
     context.control === ""
       ? ["-o", "ControlMaster=no", "-o", "ControlPath=none"]
@@ -4798,13 +5070,13 @@ function sshProgram(context: Pick<Context, "plan" | "control">): string[] {
 }
 
 /** ssh up to the host, for edict's own talk; the remote line follows. */
-function sshArguments(context: Pick<Context, "plan" | "control" | "noisy">): string[] {
+function sshArguments(context: Reach): string[] {
   const argv = [...sshProgram(context), "-T", "--", context.plan.host.destination]
   return context.noisy ? [...pastNoise(argv), `${BEGIN};`] : argv
 }
 
 /** The same for the command; with a terminal, ssh must not say at the end that it closes the connection. */
-function commandArguments(context: Pick<Context, "plan" | "control">, terminal: boolean): string[] {
+function commandArguments(context: Reach, terminal: boolean): string[] {
   const options = sshProgram(context).filter(
     (word, at, all) => !terminal || (word !== "RequestTTY=no" && all[at + 1] !== "RequestTTY=no"),
   )
@@ -4828,7 +5100,7 @@ const pastNoise = (ssh: readonly string[]): string[] => [
  * A socket path short enough everywhere (104 bytes on macOS, of which ssh wants 17 for its own suffix), in a
  * directory that only this user can enter; "" where none can be had.
  */
-function controlPath(plan: Plan, env: Env): string {
+function controlPath(plan: Pick<Plan, "host">, env: Env): string {
   const parent =
     env.XDG_RUNTIME_DIR && env.XDG_RUNTIME_DIR.length < 40 && canWrite(env.XDG_RUNTIME_DIR)
       ? env.XDG_RUNTIME_DIR
@@ -4844,9 +5116,17 @@ function controlPath(plan: Plan, env: Env): string {
   return `${directory}/${hash(`${plan.host.destination} ${plan.host.sshOptions.join(" ")}`).slice(0, 16)}`
 }
 
+/** Writes the host key of the machines file where ssh looks for it. */
+function saveHostKey({ knownHosts }: Host): void {
+  if (knownHosts === undefined) return
+  fs.mkdirSync(path.dirname(knownHosts.file), { recursive: true, mode: 0o700 })
+  replaceFile(path.dirname(knownHosts.file), path.basename(knownHosts.file), knownHosts.line)
+}
+
 /** Opens the shared connection if none is open; answers whether there is one. Throws what ssh says if it fails. */
 async function openMaster(context: Context): Promise<boolean> {
   const { control, plan } = context
+  saveHostKey(plan.host)
   if (control === "") return false
   const to = [...plan.host.sshOptions, "-o", `ControlPath=${control}`]
   const isOpen = async () =>
@@ -5212,7 +5492,784 @@ async function endContext(context: Context): Promise<void> {
   context.session?.close()
   if (plan.options.report) fs.writeFileSync(plan.options.report, `${JSON.stringify(report, null, 2)}\n`)
 }
-// ── 19. Files, messages and errors ──────────────────────────────────────────────────────────────────────
+// ── 19. Many hosts: the same command on several, one after the other's heels ────────────────────────────
+// Each host gets a process of its own, so that a dead or slow one stands in nobody's way. What they print is put
+// together line by line: here, and only here, the command's output passes through this program.
+
+type HostRun = Readonly<{ host: Host; code: number; seconds: number; results: readonly string[] }>
+
+/** Runs the command on all hosts at once (at most --jobs at a time); answers the highest exit code. */
+async function runOnMany(
+  invocation: Invocation,
+  hosts: readonly Host[],
+  argv: readonly string[],
+): Promise<number> {
+  const { options } = invocation
+  const reports = fs.mkdtempSync(path.join(os.tmpdir(), "edict-reports-"))
+  const children = new Set<Killable>()
+  const stop = (signal: NodeJS.Signals) => children.forEach((child) => child.kill(signal))
+  const watch = relaySignals(stop)
+  const queue = [...hosts.entries()]
+  const runs: HostRun[] = []
+  const worker = async () => {
+    for (let next = queue.shift(); next; next = queue.shift()) {
+      const [at, host] = next
+      const run = await runOnOne(
+        { host, at, hosts, children, report: path.join(reports, String(at)) },
+        { options, argv },
+      )
+      runs.push(run)
+      if (run.code !== 0 && options.failFast) {
+        queue.length = 0
+        stop("SIGTERM")
+      }
+    }
+  }
+  try {
+    await Promise.all(Array.from({ length: Math.min(options.jobs, hosts.length) }, worker))
+  } finally {
+    watch.dispose()
+    fs.rmSync(reports, { recursive: true, force: true })
+  }
+  const all = hosts.map(
+    (host): HostRun =>
+      runs.find((run) => run.host === host) ?? { host, code: EDICT_FAILED, seconds: 0, results: [] },
+  )
+  if (options.verbosity >= 0) process.stderr.write(hostTable(all, (run) => runs.includes(run)))
+  if (options.report)
+    fs.writeFileSync(
+      options.report,
+      `${JSON.stringify(
+        all.map(({ host, code, seconds, results }) => ({
+          host: host.name,
+          exitCode: code,
+          seconds,
+          resultLinks: results,
+        })),
+        null,
+        2,
+      )}\n`,
+    )
+  return Math.max(...all.map(({ code }) => code))
+}
+
+type OnOne = Readonly<{
+  host: Host
+  at: number
+  hosts: readonly Host[]
+  children: Set<Killable>
+  report: string
+}>
+
+/** One host's share: this same program, with the host named alone. */
+async function runOnOne(one: OnOne, given: { options: Options; argv: readonly string[] }): Promise<HostRun> {
+  const { host, children, report } = one
+  const began = performance.now()
+  const rest = given.argv.slice(given.argv.length - commandLength(given.argv))
+  const own = given.argv
+    .slice(0, given.argv.length - rest.length - 1)
+    .filter((word) => word !== "--fail-fast")
+  const suffix = `-${host.name.replace(/[^A-Za-z0-9._-]+/g, "-")}`
+  const words = [
+    ...withoutValues(own, ["--jobs", "--report", "--link-suffix"]),
+    "--no-tty",
+    "--report",
+    report,
+    "--link-suffix",
+    given.options.linkSuffix + suffix,
+    host.name,
+    ...rest,
+  ]
+  const child = Bun.spawn([...selfCommand(), ...words], {
+    stdin: "ignore",
+    stdout: "pipe",
+    stderr: "pipe",
+    env: process.env,
+  })
+  const handle: Killable = { kill: (signal) => child.kill(signal) }
+  children.add(handle)
+  const label = hostLabel(one)
+  await Promise.all([
+    labelLines(child.stdout, process.stdout, label),
+    labelLines(child.stderr, process.stderr, label),
+  ])
+  const code = await child.exited
+  children.delete(handle)
+  const links = (JSON.parse(readText(report) ?? "{}") as Partial<Report>).resultLinks ?? []
+  return {
+    host,
+    code: child.signalCode ? 128 + os.constants.signals[child.signalCode as NodeJS.Signals] : code,
+    seconds: (performance.now() - began) / 1000,
+    results: links.map(({ link }) => path.relative(process.cwd(), link)),
+  }
+}
+
+/** How this program was started: the binary, or Bun and the script, with Bun's own options of the first line. */
+function selfCommand(): string[] {
+  const isCompiled = !/\.(ts|js)$/.test(Bun.main) || Bun.main.startsWith("/$bunfs/")
+  return isCompiled ? [process.execPath] : [process.execPath, "--no-env-file", "--config=/dev/null", Bun.main]
+}
+
+/** How many words stand behind the host: edict's own options end with it. */
+function commandLength(argv: readonly string[]): number {
+  return splitOptions(argv)[1].length - 1
+}
+
+/** Words without some options and their values. */
+function withoutValues(words: readonly string[], names: readonly string[]): string[] {
+  return words.filter(
+    (word, at) =>
+      !names.includes(word) &&
+      !names.includes(words[at - 1] ?? "") &&
+      !names.some((name) => word.startsWith(`${name}=`)),
+  )
+}
+
+const LABEL_COLOURS = [36, 33, 35, 32, 34, 96, 93, 95, 92, 94]
+
+/** "name │ ", padded to the longest name; in a colour of its own on a terminal. */
+function hostLabel({ host, at, hosts }: Pick<OnOne, "host" | "at" | "hosts">): string {
+  const width = Math.max(...hosts.map(({ name }) => name.length))
+  const name = shown(host.name).padEnd(width)
+  return isTerminal(2) && wantsColour()
+    ? `\x1b[${LABEL_COLOURS[at % LABEL_COLOURS.length]}m${name} │\x1b[0m `
+    : `${name} │ `
+}
+
+/** Copies a stream line by line with a label before each; lines of several streams never mix. */
+async function labelLines(
+  from: ReadableStream<Uint8Array>,
+  to: NodeJS.WriteStream,
+  label: string,
+): Promise<void> {
+  let rest = Buffer.alloc(0)
+  const put = (line: Buffer) => to.write(Buffer.concat([Buffer.from(label), line]))
+  for await (const chunk of from) {
+    rest = Buffer.concat([rest, chunk])
+    for (let end = rest.indexOf(10); end >= 0; end = rest.indexOf(10)) {
+      put(rest.subarray(0, end + 1))
+      rest = rest.subarray(end + 1)
+    }
+  }
+  if (rest.length > 0) put(Buffer.concat([rest, Buffer.from("\n")]))
+}
+
+/** The table at the end: host, exit code, time, result links. */
+export function hostTable(runs: readonly HostRun[], hasRun: (run: HostRun) => boolean): string {
+  const rows = runs.map((run) =>
+    hasRun(run)
+      ? [
+          shown(run.host.name),
+          String(run.code),
+          `${run.seconds.toFixed(1)} s`,
+          run.results.map(shown).join(" "),
+        ]
+      : [shown(run.host.name), "-", "not run", ""],
+  )
+  return alignRows([["host", "exit", "time", "results"], ...rows])
+    .map((line) => `edict: ${line}\n`)
+    .join("")
+}
+
+/** Rows of a table as lines, columns padded. */
+function alignRows(rows: readonly (readonly string[])[]): string[] {
+  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((row) => row[column]!.length)))
+  return rows.map((row) =>
+    row
+      .map((cell, column) => cell.padEnd(widths[column]!))
+      .join("  ")
+      .trimEnd(),
+  )
+}
+
+/** Hands signals on to every child; the second one ends this program. */
+function relaySignals(stop: (signal: NodeJS.Signals) => void): { dispose: () => void } {
+  let count = 0
+  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
+    const handler = () => {
+      stop(signal)
+      if (++count > 1) process.exit(128 + os.constants.signals[signal])
+    }
+    process.on(signal, handler)
+    return { signal, handler }
+  })
+  return { dispose: () => handlers.forEach(({ signal, handler }) => process.off(signal, handler)) }
+}
+
+// ── 20. Probe: what a host is like, for --pick, --hosts and --doctor ────────────────────────────────────
+
+/** Answers lines `KEY VALUE`. Settings of Nix come from `config show` (2.20) or `show-config`. */
+export const PROBE_SCRIPT = sh`
+${REMOTE_PATH}
+IFS= read -r base
+case $base in /*) ;; *) base=$HOME/$base ;; esac
+fact() { printf 'f %s %s\n' "$1" "$2"; }
+fact home "$HOME"
+fact user "$(id -un)"
+fact shell "$\{SHELL:-}"
+fact kernel "$(uname -sm)"
+fact time "$(date +%s)"
+for tool in rsync git tar zstd find stat awk tr xargs sed paste mkfifo cmp readlink; do fact "tool.$tool" "$(command -v "$tool")"; done
+fact rsync "$(rsync --version 2>/dev/null | head -n 1)"
+fact git "$(git --version 2>/dev/null)"
+fact nix.path "$(command -v nix)"
+fact nix "$(nix --version 2>/dev/null)"
+flakes='--extra-experimental-features nix-command'
+{ nix $flakes config show 2>/dev/null || nix $flakes show-config 2>/dev/null; } |
+  sed -n 's/^\(system\|extra-platforms\|system-features\|sandbox\|substituters\|experimental-features\|trusted-users\) = /f set.\1 /p'
+fact store "$(nix $flakes store info --json 2>/dev/null || nix $flakes store ping --json 2>/dev/null)"
+fact load "$(cut -d' ' -f1 /proc/loadavg 2>/dev/null || uptime | sed 's/.*load average[s]*: *\([0-9.,]*\).*/\1/')"
+fact cpus "$(getconf _NPROCESSORS_ONLN 2>/dev/null)"
+fact agent "$\{SSH_AUTH_SOCK:-}"
+free() { [ -d "$1" ] && df -Pk "$1" 2>/dev/null | awk 'END { print $4 }'; }
+fact free.store "$(free /nix/store || free /)"
+mkdir -p "$base" 2>/dev/null
+fact free.trees "$(free "$base")"
+fact used "$(du -sk "$base" 2>/dev/null | cut -f1)"
+fact end yes
+`
+
+type Facts = ReadonlyMap<string, string>
+
+/** What a probe found; `error` where the host did not answer. */
+export type Probe = Readonly<{
+  host: Host
+  facts: Facts
+  error?: string
+  multiplexed: boolean
+  latency: number
+  seconds: number
+}>
+
+const PROBE_SECONDS = 5
+
+/** Asks a host what it is like; a host that does not answer in time is no error here. */
+async function probeHost(host: Host, env: Env): Promise<Probe> {
+  const began = performance.now()
+  const control = controlPath({ host }, env)
+  const context = { plan: { host }, control, noisy: false }
+  const none: Omit<Probe, "error"> = { host, facts: new Map(), multiplexed: false, latency: 0, seconds: 0 }
+  const base = `${encodeScript(PROBE_SCRIPT)}\n${host.directory}\n`
+  saveHostKey(host)
+  const limit = ["-o", `ConnectTimeout=${PROBE_SECONDS}`, "-o", "BatchMode=yes"]
+  const master = control !== "" && (await openProbeMaster(host, control, limit))
+  const ssh = master
+    ? sshArguments(context)
+    : ["ssh", ...limit, "-o", "RequestTTY=no", ...host.sshOptions, "-T", "--", host.destination]
+  const answer = await collect([...ssh, BOOT_LINE], {
+    what: "probe",
+    input: Buffer.from(base),
+    stdin: "pipe",
+  })
+  const facts = new Map(
+    lines(text(answer.stdout)).flatMap((line) =>
+      /^f (\S+) ?(.*)$/.exec(line) ? [[RegExp.$1, RegExp.$2] as const] : [],
+    ),
+  )
+  if (!facts.has("end"))
+    return {
+      ...none,
+      error:
+        answer.code === 255
+          ? sshError(host, answer.stderr).message
+          : `no answer (exit ${answer.code})${because(answer.stderr)}`,
+    }
+  const asked = performance.now()
+  if (master) await collect([...ssh, "exec true"], { what: "latency", stdin: "ignore" })
+  return {
+    host,
+    facts,
+    multiplexed: master,
+    latency: master ? (performance.now() - asked) / 2.2 : 0,
+    seconds: (performance.now() - began) / 1000,
+  }
+}
+
+/** The shared connection, opened without asking anything. */
+async function openProbeMaster(host: Host, control: string, limit: readonly string[]): Promise<boolean> {
+  const to = [...host.sshOptions, "-o", `ControlPath=${control}`]
+  if (fs.existsSync(control) && (await succeeds(["ssh", ...to, "-O", "check", "--", host.destination])))
+    return true
+  const argv = [
+    "ssh",
+    ...limit,
+    "-o",
+    "ControlMaster=yes",
+    "-o",
+    "ControlPersist=60",
+    "-o",
+    "RequestTTY=no",
+    ...to,
+    "-T",
+    "-f",
+    "-N",
+    "--",
+    host.destination,
+  ]
+  return (await succeeds(argv)) && fs.existsSync(control)
+}
+
+/** Systems that a host builds for: the config's word, else Nix's own settings there. */
+function systemsOf({ host, facts }: Probe): string[] {
+  if (host.systems.length > 0) return [...host.systems]
+  return [facts.get("set.system") ?? "", ...(facts.get("set.extra-platforms") ?? "").split(" ")].filter(
+    (system) => system !== "",
+  )
+}
+
+// ── 21. Pick: one host out of several ───────────────────────────────────────────────────────────────────
+
+/** The system of this machine, as Nix names it. */
+export function systemHere(): string {
+  const machine = { x64: "x86_64", arm64: "aarch64", ia32: "i686" }[process.arch as string] ?? process.arch
+  return `${machine}-${process.platform}`
+}
+
+/** The best host for a command. Throws EdictError that says of each host why it does not fit. */
+async function pickHost(
+  invocation: Invocation,
+  hosts: readonly Host[],
+  here: { cwd: string; env: Env },
+): Promise<Host> {
+  const { options, command } = invocation
+  const [program, ...words] = command
+  const system = options.system ?? scan(program!, words, linkText).system ?? systemHere()
+  const probes = await Promise.all(hosts.map((host) => probeHost(host, here.env)))
+  for (const { host, error } of probes)
+    if (error !== undefined && options.verbosity >= 0) say(`${shown(host.name)} is passed over: ${error}`)
+  const ranked = rankHosts(probes, { system, last: lastHost(here) })
+  if (options.verbosity > 0)
+    for (const { host, why, load } of ranked)
+      say(
+        `pick: ${shown(host.name)} ${why ?? `fits ${system}, load ${load.toFixed(2)} at speed ${host.speed}`}`,
+      )
+  const best = ranked.find(({ why }) => why === undefined)
+  if (best) return best.host
+  throw new EdictError(
+    `no host fits ${system}: ${ranked.map(({ host, why }) => `${shown(host.name)} ${why}`).join("; ")}`,
+    "edict --hosts   # or name a host without --pick",
+  )
+}
+
+export type Ranked = Readonly<{ host: Host; why?: string; load: number }>
+
+/**
+ * Hosts, the best first, as Nix ranks its machines (build-remote.cc): system and mandatory features must fit, then
+ * the lowest load by speed; of equals the one that was used last for this tree, whose store is warm, then the faster.
+ */
+export function rankHosts(
+  probes: readonly Probe[],
+  need: { system: string; last: string | undefined },
+): Ranked[] {
+  const ranked = probes.map((probe): Ranked => {
+    const { host, facts, error } = probe
+    const cpus = Number(facts.get("cpus")) || 1
+    const load =
+      Math.round((10 * (Number(facts.get("load")?.replace(",", ".")) || 0)) / cpus) / 10 / host.speed
+    const systems = systemsOf(probe)
+    if (error !== undefined) return { host, load, why: "does not answer" }
+    if ((facts.get("nix") ?? "") === "") return { host, load, why: "has no Nix" }
+    if (!systems.includes(need.system))
+      return { host, load, why: `is for ${systems.join(", ") || "no system"}` }
+    if (host.mandatoryFeatures.length > 0)
+      return { host, load, why: `takes only what needs ${host.mandatoryFeatures.join(", ")}` }
+    return { host, load }
+  })
+  const order = (a: Ranked, b: Ranked) =>
+    Number(a.why !== undefined) - Number(b.why !== undefined) ||
+    a.load - b.load ||
+    Number(b.host.name === need.last) - Number(a.host.name === need.last) ||
+    b.host.speed - a.host.speed
+  return ranked.sort(order)
+}
+
+const lastHostFile = (here: { cwd: string; env: Env }): string =>
+  path.join(stateDirectory(here.env), "last", hash(gitRootOf(here.cwd) ?? here.cwd).slice(0, 24))
+
+const lastHost = (here: { cwd: string; env: Env }): string | undefined => readText(lastHostFile(here))?.trim()
+
+/** Notes which host was used for this tree. */
+function rememberHost(plan: Plan, env: Env): void {
+  const file = lastHostFile({ cwd: plan.cwd.local, env })
+  fs.mkdirSync(path.dirname(file), { recursive: true, mode: 0o700 })
+  replaceFile(path.dirname(file), path.basename(file), `${plan.host.name}\n`)
+}
+
+// ── 22. Hosts, doctor, clean, completion ────────────────────────────────────────────────────────────────
+
+const gibi = (kibibytes: string | undefined): string =>
+  kibibytes ? `${(Number(kibibytes) / 2 ** 20).toFixed(1)} GiB` : "?"
+
+/** `--hosts`: what the config says of each host, and what it says itself. */
+async function listHosts(config: Config, options: Options, env: Env): Promise<number> {
+  const invocation = { options }
+  const hosts = Object.keys(config.hosts).map((name) => hostNamed(config, name, { invocation, env }))
+  if (hosts.length === 0 && !options.json)
+    throw new EdictError(
+      `no hosts in ${config.file}`,
+      '[hosts.NAME] with address = "ssh://user@host"; any host can be used without a config, too',
+    )
+  const probes = await Promise.all(hosts.map((host) => probeHost(host, env)))
+  if (options.json) return print(`${JSON.stringify(probes.map(probeAsJson), null, 2)}\n`)
+  const rows = probes.map((probe) => {
+    const { host, facts, error, latency } = probe
+    const own = [
+      host.name,
+      host.destination,
+      systemsOf(probe).join(","),
+      host.features.join(","),
+      String(host.speed),
+      host.tags.join(","),
+    ]
+    const live =
+      error === undefined
+        ? [
+            "yes",
+            `${Math.round(latency)} ms`,
+            (facts.get("nix") ?? "none").replace(/^nix \(.*\) /, ""),
+            gibi(facts.get("free.store")),
+            facts.get("load") ?? "?",
+            gibi(facts.get("used")),
+          ]
+        : [error, "", "", "", "", ""]
+    return [...own, ...live].map(shown)
+  })
+  return print(
+    `${alignRows([["name", "address", "systems", "features", "speed", "tags", "reachable", "latency", "nix", "free", "load", "trees"], ...rows]).join("\n")}\n`,
+  )
+}
+
+function probeAsJson(probe: Probe): Record<string, unknown> {
+  const { host, facts, error, latency } = probe
+  const number = (key: string) => (facts.get(key) ? Number(facts.get(key)) : null)
+  return {
+    name: host.name,
+    address: host.destination,
+    systems: systemsOf(probe),
+    features: host.features,
+    speed: host.speed,
+    tags: host.tags,
+    reachable: error === undefined,
+    why: error ?? null,
+    latencyMilliseconds: error === undefined ? latency : null,
+    nix: facts.get("nix") ?? null,
+    freeKibibytes: number("free.store"),
+    usedKibibytes: number("used"),
+    load: number("load"),
+  }
+}
+
+export type Finding = Readonly<{ level: "ok" | "warning" | "problem"; what: string; mend?: string }>
+
+/** `--doctor`: each thing that matters between here and a host, and how to mend it. 0 only if a build would work. */
+async function examine(hosts: readonly Host[], options: Options, env: Env): Promise<number> {
+  const here = await examineHere(env)
+  const there = await Promise.all(
+    hosts.map(async (host) => ({ host, findings: await examineHost(await probeHost(host, env), env) })),
+  )
+  const all = [...here, ...there.flatMap(({ findings }) => findings)]
+  const code = all.some(({ level }) => level === "problem") ? EDICT_FAILED : 0
+  if (options.json) {
+    print(
+      `${JSON.stringify({ here, hosts: there.map(({ host, findings }) => ({ host: host.name, findings })), works: code === 0 }, null, 2)}\n`,
+    )
+    return code
+  }
+  const line = ({ level, what, mend }: Finding) =>
+    `  ${level.padEnd(8)} ${shown(what)}${mend ? `\n           ${mend}` : ""}\n`
+  print(
+    [
+      `here\n`,
+      ...here.map(line),
+      ...there.flatMap(({ host, findings }) => [`${shown(host.name)}\n`, ...findings.map(line)]),
+    ].join(""),
+  )
+  return code
+}
+
+const ok = (what: string): Finding => ({ level: "ok", what })
+const warning = (what: string, mend?: string): Finding => ({ level: "warning", what, mend })
+const problem = (what: string, mend?: string): Finding => ({ level: "problem", what, mend })
+
+/** What this machine needs. */
+async function examineHere(env: Env): Promise<Finding[]> {
+  const tools = ["bash", "ssh", "rsync", "tar"].map((tool) =>
+    hasProgram(tool, env) ? ok(`${tool} is here`) : problem(`no ${tool} here`, `install ${tool}`),
+  )
+  const git_ = hasProgram("git", env)
+    ? ok("git is here")
+    : warning("no git here: flakes in git repositories cannot travel", "install git")
+  if (!hasProgram("nix-store", env))
+    return [
+      ...tools,
+      git_,
+      warning("no Nix here: results stay on the host", "install Nix, for results to come home"),
+    ]
+  const version = lastLine(await capture(["nix", "--version"], "may-fail"))
+  const trusted = await isTrustedHere(env)
+  const results = trusted
+    ? ok("unsigned results can come home: this user is trusted by the store here")
+    : warning(
+        "only signed results can come home: the store here does not trust this user",
+        'import = "sudo" for the host in the config, or signing on the host (being a trusted user is the same as being root)',
+      )
+  return [...tools, git_, ok(version || "Nix is here"), results]
+}
+
+/** What can be said of a host that was asked. */
+async function examineHost(probe: Probe, env: Env): Promise<Finding[]> {
+  const { host, facts, error } = probe
+  if (error !== undefined) return [problem(error, `ssh -v ${shellQuote(host.destination)} true`)]
+  const missing = [
+    "find",
+    "stat",
+    "awk",
+    "tr",
+    "xargs",
+    "tar",
+    "sed",
+    "paste",
+    "mkfifo",
+    "cmp",
+    "readlink",
+  ].filter((tool) => !facts.get(`tool.${tool}`))
+  const install = (tool: string) => `ssh ${host.destination} nix profile install nixpkgs#${tool}`
+  const nix = facts.get("nix")
+  const flakes = (facts.get("set.experimental-features") ?? "").includes("flakes")
+  const skew = Math.abs(Number(facts.get("time")) - Date.now() / 1000)
+  const low = (key: string) => Number(facts.get(key)) < 2 * 2 ** 20
+  const agent = host.sshOptions.includes("-A")
+  const trusted =
+    /"trusted":\s*(1|true)/.test(facts.get("store") ?? "") ||
+    facts.get("user") === "root" ||
+    (facts.get("set.trusted-users") ?? "").split(" ").includes(facts.get("user")!)
+  return [
+    ok(
+      `answers in ${Math.max(1, Math.round(probe.latency))} ms as ${facts.get("user")} (${facts.get("kernel")})`,
+    ),
+    probe.multiplexed
+      ? ok("one connection serves every step")
+      : warning(
+          "no multiplexing: each step connects anew",
+          "MaxSessions in its sshd_config; a control socket directory here",
+        ),
+    ok(`login shell ${facts.get("shell") || "unknown"}`),
+    nix
+      ? ok(`${nix} at ${facts.get("nix.path")}`)
+      : problem(
+          "no Nix there, neither on the PATH of a non-interactive shell nor in a profile",
+          "install Nix there",
+        ),
+    ...(nix
+      ? [
+          flakes
+            ? ok("flakes are enabled")
+            : ok("flakes are not enabled; edict enables them for its commands"),
+        ]
+      : []),
+    facts.get("rsync") ? ok(facts.get("rsync")!) : problem("no rsync there", install("rsync")),
+    facts.get("git")
+      ? ok(facts.get("git")!)
+      : warning("no git there: Nix before 2.20 needs it for flakes in git", install("git")),
+    ...(missing.length > 0
+      ? [
+          problem(
+            `needs ${missing.join(", ")} over there`,
+            "install coreutils, findutils, gawk, gnutar there",
+          ),
+        ]
+      : []),
+    ok(
+      `builds for ${systemsOf(probe).join(", ") || "?"}${facts.get("set.system-features") ? ` with ${facts.get("set.system-features")}` : ""}`,
+    ),
+    facts.get("set.sandbox") === "false"
+      ? warning("builds run without a sandbox", "sandbox = true in its nix.conf")
+      : ok(`sandbox ${facts.get("set.sandbox") ?? "?"}`),
+    (low("free.store") ? warning : ok)(
+      `${gibi(facts.get("free.store"))} free for its store`,
+      low("free.store") ? `ssh ${host.destination} nix-collect-garbage` : undefined,
+    ),
+    (low("free.trees") ? warning : ok)(
+      `${gibi(facts.get("free.trees"))} free for trees, ${gibi(facts.get("used"))} used in ${host.directory}`,
+      low("free.trees") ? `edict --clean ${host.name}` : undefined,
+    ),
+    skew > 5
+      ? warning(
+          `its clock is ${Math.round(skew)} s off; edict compares no clocks, but Nix and git do`,
+          "enable NTP there",
+        )
+      : ok("its clock is right"),
+    trusted
+      ? ok("this user is trusted by the store there")
+      : ok("this user is not trusted by the store there; edict does not need it"),
+    ok(`substituters ${facts.get("set.substituters") || "none"}`),
+    agent && !env.SSH_AUTH_SOCK
+      ? warning("the agent is to be forwarded, but none runs here", 'eval "$(ssh-agent)" && ssh-add')
+      : ok(agent ? "the ssh agent is forwarded" : "the ssh agent stays here"),
+  ]
+}
+
+/** Removes what edict left on a host for this machine, unless a run is using it; says how much it was. */
+export const CLEAN_SCRIPT = sh`
+IFS= read -r base
+case $base in /*) ;; *) base=$HOME/$base ;; esac
+[ -d "$base" ] || { echo 0; exit 0; }
+for pid in "$base"/run/*/pid; do
+  [ -e "$pid" ] && kill -0 "$(cat "$pid")" 2>/dev/null && { echo "a command still runs there" >&2; exit 3; }
+done
+du -sk "$base" | cut -f1
+chmod -R u+rwX "$base" 2>/dev/null
+rm -rf -- "$base"
+`
+
+/** `--clean`: everything of edict on these hosts goes, and what is known here of it. */
+async function cleanHosts(hosts: readonly Host[], options: Options, env: Env): Promise<number> {
+  const codes = await Promise.all(
+    hosts.map(async (host) => {
+      const control = controlPath({ host }, env)
+      const context = { plan: { host }, control, noisy: false }
+      const master = control !== "" && (await openProbeMaster(host, control, []))
+      const ssh = master
+        ? sshArguments(context)
+        : ["ssh", "-o", "RequestTTY=no", ...host.sshOptions, "-T", "--", host.destination]
+      const answer = await collect([...ssh, BOOT_LINE], {
+        what: "clean",
+        input: Buffer.from(`${encodeScript(CLEAN_SCRIPT)}\n${host.directory}\n`),
+        stdin: "pipe",
+      })
+      if (answer.code === 255) return tell(sshError(host, answer.stderr))
+      if (answer.code !== 0) return tell(new EdictError(`${host.name}: not cleaned${because(answer.stderr)}`))
+      if (options.verbosity >= 0)
+        say(`${shown(host.name)}: ${(Number(lastLine(answer.stdout)) / 1024).toFixed(1)} MiB removed`)
+      return 0
+    }),
+  )
+  return Math.max(0, ...codes)
+}
+
+/** Words for completing HOST: names and tags of the config, and hosts of ssh_config. */
+function hostWords(config: Config, env: Env): string {
+  const tags = ["all", ...Object.values(config.hosts).flatMap((host) => host.tags)].map((tag) => `@${tag}`)
+  const ssh = (readText(path.join(homeOf(env), ".ssh/config")) ?? "").split("\n").flatMap((line) => {
+    const found = /^\s*Host\s+(.*)$/i.exec(line)
+    return found ? found[1]!.split(/\s+/).filter((name) => name !== "" && !/[*?!]/.test(name)) : []
+  })
+  return [
+    ...new Set([...Object.keys(config.hosts), ...(Object.keys(config.hosts).length > 0 ? tags : []), ...ssh]),
+  ]
+    .map((word) => `${word}\n`)
+    .join("")
+}
+
+const COMPLETED_OPTIONS = (): string =>
+  [...FLAG_OPTIONS.filter((name) => name !== "complete-hosts"), ...VALUE_OPTIONS, "no-sync", "no-tty"]
+    .map((name) => `--${name}`)
+    .join(" ")
+
+/** A completion script; the words behind the host are left to Nix's own completion. Throws UsageError for other shells. */
+export function completionScript(shell: string): string {
+  const scripts: Record<string, string> = {
+    bash: BASH_COMPLETION,
+    zsh: ZSH_COMPLETION,
+    fish: FISH_COMPLETION,
+  }
+  const script = scripts[shell]
+  if (script === undefined)
+    throw new UsageError(`no completions for ${shown(shell)}`, "edict --completion bash|zsh|fish")
+  return script.replaceAll("@OPTIONS@", COMPLETED_OPTIONS()).trimStart()
+}
+
+const BASH_COMPLETION = sh`
+_edict() {
+  local word=$\{COMP_WORDS[COMP_CWORD]} at=1
+  while [ "$at" -lt "$COMP_CWORD" ]; do
+    case $\{COMP_WORDS[at]} in
+      -o | -p | -i | -F | -J | --report | --config | --system | --jobs | --completion | --link-suffix) at=$((at + 2)) ;;
+      -*) at=$((at + 1)) ;;
+      *) break ;;
+    esac
+  done
+  if [ "$at" -ge "$COMP_CWORD" ]; then
+    case $word in
+      -*) mapfile -t COMPREPLY < <(compgen -W '@OPTIONS@' -- "$word") ;;
+      *) mapfile -t COMPREPLY < <(compgen -W "$(edict --complete-hosts 2>/dev/null) nix" -- "$word") ;;
+    esac
+    return
+  fi
+  [ "$\{COMP_WORDS[at]}" = nix ] || at=$((at + 1))
+  if [ "$at" -eq "$COMP_CWORD" ]; then
+    mapfile -t COMPREPLY < <(compgen -W 'nix nix-build nix-shell nixos-rebuild' -- "$word")
+    return
+  fi
+  [ "$\{COMP_WORDS[at]}" = nix ] || return
+  local answer
+  answer=$(NIX_GET_COMPLETIONS=$((COMP_CWORD - at)) "$\{COMP_WORDS[@]:at}" 2>/dev/null) || return
+  mapfile -t COMPREPLY < <(printf '%s\n' "$answer" | tail -n +2 | cut -f1)
+}
+complete -o default -F _edict edict
+`
+
+const ZSH_COMPLETION = sh`
+#compdef edict
+_edict() {
+  local at=2 answer
+  while (( at < CURRENT )); do
+    case $words[at] in
+      -o | -p | -i | -F | -J | --report | --config | --system | --jobs | --completion | --link-suffix) (( at += 2 )) ;;
+      -*) (( at += 1 )) ;;
+      *) break ;;
+    esac
+  done
+  if (( at >= CURRENT )); then
+    if [[ $words[CURRENT] == -* ]]; then compadd -- $=\{:-@OPTIONS@}; else compadd -- $\{(f)"$(edict --complete-hosts 2>/dev/null)"} nix; fi
+    return
+  fi
+  [[ $words[at] == nix ]] || (( at += 1 ))
+  if (( at == CURRENT )); then compadd -- nix nix-build nix-shell nixos-rebuild; return; fi
+  [[ $words[at] == nix ]] || { _files; return; }
+  answer=("$\{(@f)$(NIX_GET_COMPLETIONS=$(( CURRENT - at )) "$\{(@)words[at,-1]}" 2>/dev/null)}")
+  compadd -- $\{$\{answer[2,-1]}%%$'\t'*}
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _edict "$@"; else compdef _edict edict; fi
+`
+
+const FISH_COMPLETION = sh`
+function __edict_rest
+    set -l words (commandline -opc) (commandline -ct)
+    set -l at 2
+    while test $at -lt (count $words)
+        switch $words[$at]
+            case -o -p -i -F -J --report --config --system --jobs --completion --link-suffix
+                set at (math $at + 2)
+            case '-*'
+                set at (math $at + 1)
+            case '*'
+                break
+        end
+    end
+    if test $at -ge (count $words)
+        return 1
+    end
+    test $words[$at] = nix; or set at (math $at + 1)
+    printf '%s\n' $words[$at..-1]
+end
+function __edict_command
+    set -l rest (__edict_rest)
+    if test (count $rest) -le 1
+        printf '%s\n' nix nix-build nix-shell nixos-rebuild
+    else if test $rest[1] = nix
+        NIX_GET_COMPLETIONS=(math (count $rest) - 1) $rest 2>/dev/null | tail -n +2 | cut -f1
+    end
+end
+complete -c edict -f
+complete -c edict -n 'not __edict_rest >/dev/null' -a '(edict --complete-hosts 2>/dev/null) nix'
+for option in (string split ' ' -- '@OPTIONS@')
+    complete -c edict -n 'not __edict_rest >/dev/null' -l (string sub -s 3 -- $option)
+end
+complete -c edict -n '__edict_rest >/dev/null' -a '(__edict_command)'
+`
+
+// ── 23. Files, messages and errors ──────────────────────────────────────────────────────────────────────
 
 export const EDICT_FAILED = 254
 export const SSH_FAILED = 255
@@ -5224,6 +6281,9 @@ const UNKNOWN = "unknown"
 export const bytes = (value: string): string => Buffer.from(value, "utf8").toString("latin1")
 export const text = (value: string): string => Buffer.from(value, "latin1").toString("utf8")
 const buffer = (value: string): Buffer => Buffer.from(value, "latin1")
+
+/** Whether colours are wanted (NO_COLOR, TERM=dumb). */
+const wantsColour = (): boolean => !process.env.NO_COLOR && process.env.TERM !== "dumb"
 
 const lines = (output: string): string[] => output.split("\n").filter((line) => line !== "")
 const firstLine = (output: string): string => lines(output)[0] ?? ""
@@ -5314,7 +6374,10 @@ function contentHash(file: string, type: Entry["type"]): string {
       hasher.update(piece.subarray(0, length))
     }
   } catch (error) {
-    throw new EdictError(`cannot read ${shown(text(file))}: ${reason(error)}`, `ls -l ${shellQuote(shown(text(file)))}`)
+    throw new EdictError(
+      `cannot read ${shown(text(file))}: ${reason(error)}`,
+      `ls -l ${shellQuote(shown(text(file)))}`,
+    )
   } finally {
     if (descriptor !== undefined) fs.closeSync(descriptor)
   }
@@ -5585,7 +6648,10 @@ function mendable(error: unknown): unknown {
   if (error instanceof EdictError || !(error instanceof Error) || !("syscall" in error)) return error
   const { code } = error as NodeJS.ErrnoException
   const isFull = code === "ENOSPC" || code === "EDQUOT"
-  return new EdictError(reason(error), isFull ? "free some space here" : "see that this path is one, and yours to write")
+  return new EdictError(
+    reason(error),
+    isFull ? "free some space here" : "see that this path is one, and yours to write",
+  )
 }
 
 /** One line for an error; a bug keeps its stack. Answers the exit code. */
