@@ -4596,7 +4596,7 @@ date_back() {
 # Finishes an upload that came whole; safe to repeat after a crash.
 settle() {
   mkdir -p "$tree" || return 1
-  [ ! -s "$meta/remove" ] || (cd "$tree" && xargs -0 rm -f -- <"$meta/remove") || return 1
+  [ ! -s "$meta/remove" ] || (cd "$tree" && xargs -0 /bin/sh -c 'for f; do shift; if [ -L "$f" ] || [ -f "$f" ]; then set -- "$@" "$f"; fi; done; [ "$#" = 0 ] || exec rm -f -- "$@"' sh <"$meta/remove") || return 1
   [ ! -s "$meta/rmdir" ] || (cd "$tree" && xargs -0 rmdir -- <"$meta/rmdir") 2>/dev/null || :
   [ ! -d "$meta/in" ] || place || return 1
   if [ ! -s "$meta/newest" ] && [ -f "$tree/.git/index" ] && command -v git >/dev/null; then
@@ -4972,87 +4972,84 @@ async function connect(context: Context): Promise<void> {
 /** How much the agent may say in one answer: some 100 bytes for each file that the command changed. */
 const ANSWER_LIMIT = 2 ** 28
 
-/** Starts the agent and waits for its greeting; whatever the login shell prints before it is passed over. */
+/** Requests whose answers are still to come, in their order; once it has ended every request fails. */
+type Pending = { lines: string[]; resolve: (lines: string[]) => void; reject: (error: Error) => void }
+type Queue = { readonly waiting: Pending[]; ended?: Error }
+
+function endQueue(queue: Queue, error: Error): void {
+  queue.ended ??= error
+  for (const { reject } of queue.waiting.splice(0)) reject(queue.ended)
+}
+
+/** Starts the agent; its greeting comes later. Whatever the login shell prints before it is passed over. */
 async function openSession(context: Context): Promise<Session> {
   const { plan } = context
   const child = await start(context, [...sshArguments(context), BOOT_LINE], { detached: context.multiplexed })
-  const waiting: { lines: string[]; resolve: (lines: string[]) => void; reject: (error: Error) => void }[] =
-    []
-  let rest = ""
-  let received = 0
-  let ended: Error | undefined
-  child.onOutput((chunk) => {
-    received += chunk.length
-    if (received > ANSWER_LIMIT) {
-      ended = new EdictError(`${plan.host.name} answers without an end: more than ${ANSWER_LIMIT >> 20} MiB`)
-      child.handle.kill("SIGKILL")
-      for (const { reject } of waiting.splice(0)) reject(ended)
-      return
-    }
-    const parts = chunk.includes("\n") ? (rest + chunk).split("\n") : [rest + chunk]
-    rest = parts.pop()!
-    for (const line of parts) {
-      if (plan.options.verbosity > 1) say(`< ${shown(line)}`)
-      const first = waiting[0]
-      if (line.startsWith(".")) received = 0
-      if (line === ".ok") waiting.shift()?.resolve(first!.lines)
-      else if (line.startsWith(".fail "))
-        waiting
-          .shift()
-          ?.reject(
-            line === ".fail unexpected"
-              ? new Unexpected(line)
-              : new EdictError(`${plan.host.name}: ${shown(line.slice(6))}${because(child.errors())}`),
-          )
-      else first?.lines.push(line)
-    }
-  })
-  const end = child.ended.then((code) => {
-    ended ??=
-      code === 255 && context.roundTrip === 0
-        ? sshError(plan.host, child.errors())
-        : new EdictError(
-            `the connection to ${plan.host.name} was lost${because(child.errors())}`,
-            context.running ? "the same again: what the command changed until then comes home first" : "",
-            SSH_FAILED,
-          )
-    for (const { reject } of waiting.splice(0)) reject(ended)
-  })
-  const send = (line: string) => child.write(`${line}\n`)
-  const request = (verb: string, words: readonly string[]) =>
+  const queue: Queue = { waiting: [] }
+  child.onOutput(answerReader(context, { child, queue }))
+  void child.ended.then((code) => endQueue(queue, lostConnection(context, code, child.errors())))
+  const send = (words: readonly string[]) => child.write(`${words.join(" ")}\n`)
+  const request = (words: readonly string[]) =>
     new Promise<string[]>((resolve, reject) => {
-      if (ended) return reject(ended)
-      waiting.push({ lines: [], resolve, reject })
-      if (plan.options.verbosity > 1) say(`> ${verb} ${words.map((word) => shortened(word)).join(" ")}`)
-      send([verb, ...words].join(" "))
+      if (queue.ended) return reject(queue.ended)
+      queue.waiting.push({ lines: [], resolve, reject })
+      if (plan.options.verbosity > 1) say(`> ${words.map(shortened).join(" ")}`)
+      send(words)
     })
-  const session = {
-    child: child.handle,
-    ask: (verb: string, ...words: string[]) =>
-      request(
-        verb,
-        words.map((word) => encodeWord(word)),
-      ),
-    askBytes: (verb: string, ...words: string[]) =>
-      request(
-        verb,
-        words.map((word) => encodeWord(word, "latin1")),
-      ),
-    tell: (verb: string, ...words: string[]) =>
-      void (ended ?? send([verb, ...words.map((word) => encodeWord(word))].join(" "))),
-    close: () => child.letGo(),
-  }
+  const encode = (words: readonly string[], encoding: "utf8" | "latin1") => words.map((word) => encodeWord(word, encoding))
+  const ask: Session["ask"] = (verb, ...words) => request([verb, ...encode(words, "utf8")])
   const began = performance.now()
-  send(encodeScript(AGENT_SCRIPT))
-  const greeting = session.ask("hello", plan.root, plan.host.directory, context.run).then((answer) => {
+  send([encodeScript(AGENT_SCRIPT)])
+  const greeting = ask("hello", plan.root, plan.host.directory, context.run).then((answer) => {
+    context.roundTrip = (performance.now() - began) / 3
     context.noisy = answer.some((line) => line !== "" && !line.startsWith("f "))
     return new Set(answer.filter((line) => line.startsWith("f ")).map((line) => line.slice(2)))
   })
-  greeting.then(
-    () => (context.roundTrip = (performance.now() - began) / 3),
-    () => undefined,
-  )
-  return { ...session, greeting }
+  greeting.catch(() => undefined)
+  return {
+    child: child.handle,
+    ask,
+    askBytes: (verb, ...words) => request([verb, ...encode(words, "latin1")]),
+    tell: (verb, ...words) => void (queue.ended ?? send([verb, ...encode(words, "utf8")])),
+    close: () => child.letGo(),
+    greeting,
+  }
+}
+
+/** Takes what the agent prints: data lines for the first request that waits, `.ok` or `.fail WHY` at the end of each. */
+function answerReader(context: Context, from: { child: Child; queue: Queue }): (chunk: string) => void {
+  const { child, queue } = from
+  const { host, options } = context.plan
+  let rest = ""
+  let received = 0
+  const take = (line: string) => {
+    if (options.verbosity > 1) say(`< ${shown(line)}`)
+    if (line.startsWith(".")) received = 0
+    if (line === ".ok") {
+      const answered = queue.waiting.shift()
+      answered?.resolve(answered.lines)
+    } else if (line === ".fail unexpected") queue.waiting.shift()?.reject(new Unexpected(line))
+    else if (line.startsWith(".fail ")) queue.waiting.shift()?.reject(new EdictError(`${host.name}: ${shown(line.slice(6))}${because(child.errors())}`))
+    else queue.waiting[0]?.lines.push(line)
+  }
+  return (chunk) => {
+    received += chunk.length
+    if (received > ANSWER_LIMIT) {
+      endQueue(queue, new EdictError(`${host.name} answers without an end: more than ${ANSWER_LIMIT >> 20} MiB`))
+      return child.handle.kill("SIGKILL")
+    }
+    const parts = chunk.includes("\n") ? (rest + chunk).split("\n") : [rest + chunk]
+    rest = parts.pop()!
+    parts.forEach(take)
+  }
+}
+
+/** What it means that the agent's ssh ended. */
+function lostConnection(context: Context, code: number, errors: string): EdictError {
+  const { plan, roundTrip, running } = context
+  if (code === 255 && roundTrip === 0) return sshError(plan.host, errors)
+  const hint = running ? "the same again: what the command changed until then comes home first" : ""
+  return new EdictError(`the connection to ${plan.host.name} was lost${because(errors)}`, hint, SSH_FAILED)
 }
 
 // ── 17. Ssh: one connection, and what its failures mean ─────────────────────────────────────────────────

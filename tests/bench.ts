@@ -81,6 +81,7 @@ const machines = new Set<Promise<Client | Host>>()
 async function startLab(sizes: Sizes, sections: readonly Section[]): Promise<Lab> {
   const names = new Set(sections.flatMap((section) => section.hosts(sizes)))
   const started = await Promise.all([...names].map(startNamed))
+  await haltIfStopping()
   const client = await keep(startClient({ hosts: started, flakes: true }))
   const hosts = new Map(started.map((host) => [host.name, host]))
   const lab: Lab = { sizes, client, hosts, samples: new Map(), lastUse: new Map() }

@@ -4,7 +4,7 @@ import { mkdirSync, mkdtempSync, realpathSync, rmSync, writeFileSync } from "nod
 import { tmpdir } from "node:os"
 import { join } from "node:path"
 import {
-  chooseHost,
+  chooseHosts,
   EdictError,
   parseArguments,
   parseConfig,
@@ -41,7 +41,7 @@ speed = 1
 /** The host that a command line means with a config. */
 async function hostOf(toml: string, argv: string[], env: Record<string, string> = {}): Promise<Host> {
   const config = await parseConfig(toml, FILE)
-  return chooseHost(config, await parseArguments([...argv, "nix", "build"], env), {
+  return chooseHosts(config, await parseArguments([...argv, "nix", "build"], env), {
     HOME: "/home/ed",
     ...env,
   })
@@ -69,6 +69,7 @@ describe("TOML becomes a Config", () => {
           address: "ssh://builder@big.example.com:2222",
           systems: ["x86_64-linux", "i686-linux"],
           features: ["kvm", "big-parallel"],
+          mandatoryFeatures: [],
           speed: 4,
           tags: ["ci"],
           sshOptions: ["-J", "jump", "-i", "~/.ssh/builder"],
@@ -229,7 +230,7 @@ describe("the host that is meant", () => {
     expect(error.hint).toContain("edict HOST nix build")
     expect(error.hint).toContain(FILE)
     const odd = parseArguments(["nix", "eval", "--expr", "a\nb \u001b[31m"], {})
-    const line = await errorOf(async () => chooseHost(await parseConfig("", FILE), await odd, {}))
+    const line = await errorOf(async () => chooseHosts(await parseConfig("", FILE), await odd, {})[0])
     expect(line.hint).toContain("edict HOST nix eval --expr 'a\\x0ab \\x1b[31m'")
   })
 })

@@ -113,7 +113,7 @@ function violations(outcome: Outcome): string[] {
     const isNew = b === undefined && !base.has(name)
     // Below a link or file of ours git cannot say what is ignored.
     if (isNew && !outcome.plain && blocked(outcome, name)) return now === l || now === r ? [] : wrong("new: ours or theirs")
-    if (isNew && outcome.ignored.has(name)) return now === l ? [] : wrong("ignored files stay as they are")
+    if (isNew && outcome.ignored.has(name)) return now === l || now === r ? [] : wrong("ignored files stay as they are")
     const [edited, changed] = [contentOf(l) !== contentOf(b), contentOf(r) !== contentOf(b)]
     if (edited && l !== undefined && contentOf(now) !== contentOf(l)) return wrong("what was written here stays")
     if (edited && l === undefined && now !== undefined && contentOf(l) !== contentOf(r)) return wrong("what was deleted here stays deleted")
@@ -139,7 +139,7 @@ function blocked({ local, after }: Outcome, name: string): boolean {
 
 // ── Runs ───
 
-type Project = { cwd: string; plain: boolean; here: string; there: () => string; random: Random; steps: number; runs: number; kills: number; leftovers: Set<string> }
+type Project = { cwd: string; plain: boolean; here: string; there: () => string; random: Random; steps: number; runs: number; kills: number; leftovers: Set<string>; said: string }
 
 let count = 0
 const fresh = (side: string): string => `${side}${String(++count).padStart(8, "0")}`
@@ -171,7 +171,7 @@ async function compareSides(lab: Lab, project: Project): Promise<State> {
   const [here, there] = [treeOf(project.here), treeOf(project.there())]
   const ignored = await rulesOf(lab, project, new Set([...here.keys(), ...there.keys()]))
   const belongs = ([name, value]: [string, string]) => !ignored.has(name) && (project.plain || value !== "/")
-  const extra = ([name]: [string, string]) => here.has(name) || !project.leftovers.has(name)
+  const extra = ([name]: [string, string]) => here.has(name) || !wasIgnored(project, name)
   expect(Object.fromEntries([...there].filter(belongs).filter(extra))).toEqual(Object.fromEntries([...here].filter(belongs)))
   return new Map([...there].filter(([name]) => here.has(name) && !ignored.has(name)))
 }
@@ -211,10 +211,13 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
     await running.kill("SIGKILL").catch(() => undefined)
   }
   const result = await ended
+  project.said += `${result.code} ${result.stderr}`
   const after = treeOf(here)
   const kept = since(keptBefore, conflictsOf(here))
   const ignored = await rulesOf(lab, project, remote.keys())
   for (const name of ignored) if (!base.has(name)) project.leftovers.add(name)
+  // What was ignored when it was made is looked at again only when it changes, or when its directory no longer is.
+  for (const name of remote.keys()) if (!base.has(name) && wasIgnored(project, name)) ignored.add(name)
   const whole = result.code !== 137
   expect(result.stderr).not.toContain("this is a bug")
   expect(violations({ base, local, remote, after, kept, ignored, plain: project.plain, deletions: true, whole })).toEqual([])
@@ -224,6 +227,10 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
   expectNothingLeft(here)
   return undefined
 }
+
+/** Whether a name, or a directory that it lies in, stayed over there because it was ignored. */
+const wasIgnored = ({ leftovers }: Project, name: string): boolean =>
+  name.split("/").some((_, at, parts) => leftovers.has(parts.slice(0, at + 1).join("/")))
 
 /** What lies below a directory; without what a killed run left behind for the next one to clear. */
 const treeOf = (directory: string): State =>
@@ -244,7 +251,7 @@ test.concurrent.each([
   const setup = plain ? "" : `git init -q; printf '*.o\\ncache/\\n' >.gitignore; git add -A; git commit -qm first`
   expect(await lab.client.run(["/bin/sh", "-ec", `mkdir ${cwd}; cd ${cwd}; ${setup}`])).toMatchObject({ code: 0 })
   const random = randomOf(SEED + (plain ? 1 : 0))
-  const project: Project = { cwd, plain, here: lab.client.outside(cwd), there: () => lab.remote(cwd), random, steps: 0, runs: 0, kills: 0, leftovers: new Set() }
+  const project: Project = { cwd, plain, here: lab.client.outside(cwd), there: () => lab.remote(cwd), random, steps: 0, runs: 0, kills: 0, leftovers: new Set(), said: "" }
   let pending: Pending
   try {
     for (const end = Date.now() + SECONDS * 1000; Date.now() < end; ) {
@@ -257,7 +264,7 @@ test.concurrent.each([
     await compareSides(lab, project)
     expectNothingLeft(project.here)
   } catch (error) {
-    console.error(`${name}: FUZZ_SEED=${SEED}, run ${project.runs}, step ${project.steps}`)
+    console.error(`${name}: FUZZ_SEED=${SEED}, run ${project.runs}, step ${project.steps}\n${project.said.slice(-3000)}`)
     throw error
   }
   console.log(`${name}: seed ${SEED}, ${project.runs} runs, ${project.kills} killed, ${project.steps} edits`)
