@@ -2830,7 +2830,7 @@ async function runCommand(context: Context, trees: readonly Tree[]): Promise<Out
     COMMAND_SCRIPT,
     watched,
     directories,
-    knownResults(plan).join(" "),
+    knownResults(plan).map((known) => `${known}\n`).join(""),
     ...encodeCommand(plan),
   )
   context.running = true
@@ -3460,7 +3460,7 @@ const gitDirectoryOf = (name: Name): Name[] => {
   return parts.includes(".git") ? [parts.slice(0, parts.indexOf(".git") + 1).join("/")] : []
 }
 
-/** Without new directories whose content all stays over there; one that is empty there comes home. */
+/** Without directories whose content all stays over there; one that is empty there comes home. */
 function withoutHollow(kept: readonly Change[], all: readonly Change[]): Change[] {
   const parents = (changes: readonly Change[]) =>
     new Set(
@@ -3469,10 +3469,11 @@ function withoutHollow(kept: readonly Change[], all: readonly Change[]): Change[
         .flatMap(({ name }) => parentsOf(name)),
     )
   const [filled, full] = [parents(kept), parents(all)]
-  return kept.filter(
-    ({ name, what, type }) =>
-      what === "deleted" || type !== "directory" || filled.has(name) || !full.has(name),
-  )
+  return kept.flatMap((change): Change[] => {
+    const { name, what, type } = change
+    if (what === "deleted" || type !== "directory" || filled.has(name) || !full.has(name)) return [change]
+    return what === "created" ? [] : [{ ...change, what: "deleted", type: "file" }]
+  })
 }
 
 /** Whether a change is of the kind that comes home for this tree. */
@@ -3979,6 +3980,7 @@ function mergeChange(work: Work, change: Change): Applied {
       ? { type: "directory", mode: change.mode & 0o777, identity: "", hash: "" }
       : arrived(work, change)
   if (!theirs) return { name, verdict: "refused", why: "did not arrive as what it was named" }
+  if (blocked && change.type === "directory") return { name, verdict: "same" }
   if (blocked) return conflict(work, change, theirs, blocked)
   if (change.type === "directory") return applyDirectory(work, change, theirs)
   const target = `${work.root}/${name}`
@@ -4201,8 +4203,8 @@ function applyDirectory(work: Work, change: Change, theirs: Entry): Applied {
   if (stat) {
     const before = work.base.get(name)
     const removed = before && applyDeletion(work, { ...change, what: "deleted", type: before.type })
-    if (lstat(target))
-      return conflict(work, change, theirs, removed?.why ?? "is a directory there and something else here")
+    const why = removed?.why ?? "is a directory there and something else here"
+    if (lstat(target)) return work.inner.has(name) ? { name, verdict: "same" } : conflict(work, change, theirs, why)
   }
   fs.mkdirSync(buffer(target), { recursive: true })
   return { name, verdict: "applied", counts: work.inner.has(name) ? undefined : "counts", entry }
@@ -4513,7 +4515,7 @@ trap '' PIPE HUP
 ${REMOTE_PATH}
 LC_ALL=C
 export LC_ALL
-broken= run= started= base= reporter=
+broken='' run='' started='' base='' reporter=''
 soh=$(printf '\001')
 ${REMOTE_DECODE}
 say() { printf '%s\n' "$*"; }
@@ -4648,6 +4650,7 @@ do_hello() {
     command -v "$tool" >/dev/null || { why="needs $tool over there"; return 1; }
   done
   finder=stat
+  # shellcheck disable=SC2185
   if find --version 2>/dev/null | grep -q GNU; then finder=gnu; elif ! stat -c %i / >/dev/null 2>&1; then finder=bsd; fi
   run=$2/run/$3
   mkdir -p "$base/meta" "$run" || { why="cannot write to $base"; return 1; }
@@ -4720,11 +4723,15 @@ do_file() {
 # commit ID TOKEN: the upload is whole, put it in its place
 do_commit() {
   select_tree "$1" || return 1
-  printf '%s\n' "$2" >"$meta/next.new" && mv "$meta/next.new" "$meta/next" && settle || { why="cannot put the upload in its place"; return 1; }
+  why="cannot put the upload in its place"
+  printf '%s\n' "$2" >"$meta/next.new" && mv "$meta/next.new" "$meta/next" && settle
 }
 
 # input ID NAME: a locked input of a flake goes into the store, where Nix looks for it first
-do_input() { select_tree "$1" && nix --extra-experimental-features nix-command store add-path --name "$2" "$tree" >/dev/null || { why="cannot add an input to the store"; return 1; }; }
+do_input() {
+  why="cannot add an input to the store"
+  select_tree "$1" && nix --extra-experimental-features nix-command store add-path --name "$2" "$tree" >/dev/null
+}
 
 # missing PATH…: which store paths are not valid there
 do_missing() { for p; do word "$p"; say "$decoded"; done | xargs nix-store --check-validity --print-invalid | sed 's/^/p /'; }
@@ -4761,7 +4768,8 @@ report() {
 closures() {
   sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" | sort -u | grep -vxF -f "$run/known" >"$run/results" || return 0
   xargs nix-store --query --requisites <"$run/results" 2>/dev/null | awk '!seen[$0]++' >"$run/closure"
-  xargs nix-store --query --size <"$run/closure" 2>/dev/null | paste -d' ' - "$run/closure" | sed 's/^/c /'
+  xargs nix-store --query --size <"$run/closure" >"$run/sizes" 2>/dev/null
+  paste -d' ' "$run/sizes" "$run/closure" | sed 's/^/c /'
 }
 
 # run SCRIPT WATCHED DIRECTORIES KNOWN WORD…: hand the command to the other channel, answer when it has ended
@@ -4771,7 +4779,7 @@ do_run() {
   word "$1"; script=$decoded
   word "$2"; printf '%s' "$decoded" >"$run/watched"
   word "$3"; printf '%s' "$decoded" | while IFS= read -r d; do case $d in /*) ;; *) d=$HOME/$d ;; esac; mkdir -p "$d"; printf '%s\n' "$d"; done >"$run/directories"
-  word "$4"; printf '%s\n' $decoded >"$run/known"
+  word "$4"; printf '%s' "$decoded" >"$run/known"
   shift 4
   word "$\{1#d}"
   case $decoded in /*) mkdir -p "$decoded" ;; *) mkdir -p "$HOME/$decoded" ;; esac
@@ -5711,10 +5719,10 @@ fact rsync "$(rsync --version 2>/dev/null | head -n 1)"
 fact git "$(git --version 2>/dev/null)"
 fact nix.path "$(command -v nix)"
 fact nix "$(nix --version 2>/dev/null)"
-flakes='--extra-experimental-features nix-command'
-{ nix $flakes config show 2>/dev/null || nix $flakes show-config 2>/dev/null; } |
+nix_command() { nix --extra-experimental-features nix-command "$@" 2>/dev/null; }
+{ nix_command config show || nix_command show-config; } |
   sed -n 's/^\(system\|extra-platforms\|system-features\|sandbox\|substituters\|experimental-features\|trusted-users\) = /f set.\1 /p'
-fact store "$(nix $flakes store info --json 2>/dev/null || nix $flakes store ping --json 2>/dev/null)"
+fact store "$(nix_command store info --json || nix_command store ping --json)"
 fact load "$(cut -d' ' -f1 /proc/loadavg 2>/dev/null || uptime | sed 's/.*load average[s]*: *\([0-9.,]*\).*/\1/')"
 fact cpus "$(getconf _NPROCESSORS_ONLN 2>/dev/null)"
 fact agent "$\{SSH_AUTH_SOCK:-}"

@@ -110,7 +110,9 @@ function violations(outcome: Outcome): string[] {
     const wrong = (rule: string) => [`${name}: ${rule} (base ${b}, here ${l}, there ${r}, now ${now}, kept ${kept[name]})`]
     const keptHas = (value: string | undefined) =>
       Object.entries(kept).some(([path, found]) => path.startsWith(name) && contentOf(found) === contentOf(value))
-    const isNew = b === undefined && !base.has(name)
+    // Directories are things of their own outside git alone.
+    const wasDirectory = outcome.plain && base.get(name) === "/"
+    const isNew = b === undefined && !wasDirectory
     // Below a link or file of ours git cannot say what is ignored.
     if (isNew && !outcome.plain && blocked(outcome, name)) return now === l || now === r ? [] : wrong("new: ours or theirs")
     if (isNew && outcome.ignored.has(name)) return now === l || now === r ? [] : wrong("ignored files stay as they are")
@@ -124,7 +126,7 @@ function violations(outcome: Outcome): string[] {
       return wrong("an executable bit changed here stays")
     if (!whole || !changed) return []
     if (r !== undefined && contentOf(now) !== contentOf(r) && !keptHas(r)) return wrong("what was written there is here, or kept")
-    if (r !== undefined && !edited && local.get(name) !== "/" && contentOf(now) !== contentOf(r) && !blocked(outcome, name)) return wrong("what only they changed follows")
+    if (r !== undefined && !edited && local.get(name) !== "/" && !wasDirectory && contentOf(now) !== contentOf(r) && !blocked(outcome, name)) return wrong("what only they changed follows")
     if (r === undefined && outcome.deletions && !edited && now !== undefined && bitOf(l) === bitOf(b)) return wrong("what only they deleted goes")
     return []
   })
@@ -193,6 +195,7 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
   await Promise.race([appears(lab.host.outside(`${mark}.at`)), ended])
   if (!fs.existsSync(lab.host.outside(`${mark}.at`))) throw new Error(`the command did not start: ${(await ended).stderr}`)
   if (earlier) {
+    project.said += `recovered: ${running.stderr}`
     const after = treeOf(here)
     const ignored = await rulesOf(lab, project, earlier.remote.keys())
     const kept = since(before, conflictsOf(here))
