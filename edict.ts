@@ -318,7 +318,9 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
       stage(context, "sync back", () => syncBack(context, states, outcome)),
     ])
     tellChanges(context)
-    report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : outcome.exitCode
+    // Nix itself ends with 1 when it is interrupted.
+    const code = context.signal && outcome.exitCode !== 0 ? signalCode(context.signal) : outcome.exitCode
+    report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : code
     return report.exitCode
   } finally {
     watch.dispose()
@@ -2491,7 +2493,7 @@ async function stillIgnored(state: TreeState, sources: ReadonlyMap<Name, Source>
   if (pruned.length === 0) return []
   const directories = pruned.map((name) => ({ name, type: "directory" as const }))
   const { names } = await ignoredNames(state, directories)
-  const holding = new Set([...sources.keys()].flatMap(parentsOf))
+  const holding = new Set([...sources.keys()].flatMap((name) => [name, ...parentsOf(name)]))
   return pruned.filter((name) => names.has(name) && !holding.has(name))
 }
 
@@ -2782,7 +2784,7 @@ async function uploadStorePaths(context: Context): Promise<void> {
   if (missing.length === 0) return
   const sizes = lines(await captureEach(["nix-store", "--query", "--size"], missing)).map(Number)
   const progress = await startProgress(context, "store paths", sizes)
-  const compress = await chooseCompression(context)
+  const compress = await chooseCompression(context, sum(sizes))
   const script = `${REMOTE_PATH}${compress ? `${compress} -d -c | ` : ""}nix-store --import >/dev/null`
   const stages = [
     ["bash", "-c", "exec nix-store --export $(cat)"],
@@ -2795,7 +2797,7 @@ async function uploadStorePaths(context: Context): Promise<void> {
     input: Buffer.from(missing.join("\n")),
     onErrors: progress.read,
     failure: (_, errors) =>
-      errors.includes("lacks a signature")
+      /lacks a (valid )?signature/.test(errors)
         ? new EdictError(
             `the store on ${name} takes only signed paths from its user there, and of what the command names it lacks ${missing.length}, e.g. ${missing[0]}`,
             `sign them here by a key that is in trusted-public-keys on ${name}, and nix copy --to ssh://${context.plan.host.destination}. A trusted user there would do, too, but that is the same as root there`,
@@ -3140,14 +3142,11 @@ async function fetchClosures(
   }
   if (missing.length === 0) return
   const way = await chooseWay(context, missing)
-  const progress = await startProgress(
-    context,
-    "store paths",
-    missing.map((path) => sizes.get(path) ?? 0),
-  )
+  const missingSizes = missing.map((path) => sizes.get(path) ?? 0)
+  const progress = await startProgress(context, "store paths", missingSizes)
   try {
     if (way === "signed") await copySigned(context, closure.targets)
-    else await streamPaths(context, { way, missing, progress })
+    else await streamPaths(context, { way, missing, size: sum(missingSizes), progress })
   } catch (error) {
     // Garbage collection here may have taken what the missing paths refer to.
     const vanished = (await invalidHere([...sizes.keys()])).some((path) => !missing.includes(path))
@@ -3175,10 +3174,10 @@ printf '%s\\n' "$paths" | xargs nix-store --query --size | { printf '%s\\n' "$pa
 /** One export over there, one import here: the same few round trips for one path and for a thousand. */
 async function streamPaths(
   context: Context,
-  work: { way: "stream" | "sudo"; missing: readonly string[]; progress: Progress },
+  work: { way: "stream" | "sudo"; missing: readonly string[]; size: number; progress: Progress },
 ): Promise<void> {
   const { way, missing, progress } = work
-  const compress = await chooseCompression(context)
+  const compress = await chooseCompression(context, work.size)
   const script = `${REMOTE_PATH}nix-store --export ${missing.join(" ")}${compress ? ` | ${compress} -1 -c` : ""}`
   const stages = [
     [...sshArguments(context), BOOT_LINE],
@@ -3191,6 +3190,14 @@ async function streamPaths(
     input: Buffer.from(`${encodeScript(script)}\n`),
     what: "retrieval of the result",
     onErrors: progress.read,
+    failure: (code) =>
+      code === 255
+        ? new EdictError(
+            `the connection to ${context.plan.host.name} was lost while the result was on its way`,
+            "the same again: what has come stays, the rest follows",
+            SSH_FAILED,
+          )
+        : undefined,
   })
 }
 
@@ -3199,7 +3206,11 @@ async function copySigned(context: Context, targets: readonly string[]): Promise
   const facts = await context.session!.greeting
   const program = [...facts].find((fact) => fact.startsWith("store "))?.slice("store ".length)
   const from = `ssh://${context.plan.host.destination}${program && /^[A-Za-z0-9._/-]+$/.test(program) ? `?remote-program=${program}` : ""}`
-  const environment = ["env", `NIX_SSHOPTS=${sshProgram(context).slice(1).join(" ")}`]
+  // Nix splits the options at blanks; on the open connection only its socket matters.
+  const { plan } = context
+  const bare = { ...context, plan: { ...plan, host: { ...plan.host, sshOptions: [] } } }
+  const ssh = sshProgram(context.multiplexed ? bare : context)
+  const environment = ["env", `NIX_SSHOPTS=${ssh.slice(1).join(" ")}`]
   const options = context.plan.host.requireSignatures ? ["--option", "require-sigs", "true"] : []
   const copy = [...environment, ...NIX_COMMAND, "copy", ...options, "--from", from]
   const [derivations, plain] = partition(targets, isDerivation)
@@ -3286,16 +3297,22 @@ async function isTrustedHere(env: Env): Promise<boolean> {
   )
 }
 
-/** The program that compresses the stream, if one should: on request, or by itself where the way is not short. */
-async function chooseCompression(context: Context): Promise<"zstd" | "gzip" | undefined> {
+/** The program that compresses a stream of some bytes, if one should: on request, or by itself where the way is not short. */
+async function chooseCompression(context: Context, size: number): Promise<"zstd" | "gzip" | undefined> {
   const { compress } = context.plan.host
   const facts = await context.session!.greeting
   const both = (["zstd", "gzip"] as const).find(
     (program) => facts.has(`${program} yes`) && hasProgram(program, context.env),
   )
-  if (compress === "auto") return both === "zstd" && context.roundTrip > SHORT_WAY ? both : undefined
-  return compress ? both : undefined
+  if (compress !== "auto") return compress ? both : undefined
+  if (both !== "zstd" || size < WORTH_COMPRESSING) return undefined
+  const began = performance.now()
+  await context.session!.ask("again")
+  return performance.now() - began > SHORT_WAY ? both : undefined
 }
+
+/** Bytes below which a stream is not worth the question how long the way is. */
+const WORTH_COMPRESSING = 256 * 1024
 
 /** Milliseconds of a round trip below which a stream is faster uncompressed. */
 const SHORT_WAY = 10
@@ -3551,7 +3568,7 @@ async function ignoredNames(
   const names = new Set(known.filter(isIgnored).map(({ name }) => name))
   const directories = [...ignored].filter((name) => name.endsWith("/")).map((name) => name.slice(0, -1))
   if (directories.length === 0) return { names, directories }
-  const holding = new Set([...manifest.entries.keys()].flatMap(parentsOf))
+  const holding = new Set([...manifest.entries.keys()].flatMap((name) => [name, ...parentsOf(name)]))
   const whole = new Set(directories.filter((name) => !holding.has(name)))
   return { names, directories: [...whole].filter((name) => !parentsOf(name).some((up) => whole.has(up))) }
 }
@@ -3995,7 +4012,7 @@ function mergeChange(work: Work, change: Change): Applied {
   if (!local && lstat(target)) return conflict(work, change, theirs, "is no file, directory or link here")
   if (!local && base) return conflict(work, change, theirs, "was deleted here and changed there")
   if (local?.type === "directory") {
-    removeIfEmpty(target)
+    if (!base || base.type === "directory") removeIfEmpty(target)
     if (lstat(target)) return conflict(work, change, theirs, "is a directory here")
     return createFile(work, change, theirs)
   }
@@ -4035,7 +4052,11 @@ function conflict(work: Work, change: Change, theirs: Entry, why: string): Appli
 
 /** Moves a file into the conflict directory; answers its path. */
 function keep(work: Pick<Work, "conflicts">, name: Name, from: string): string {
-  const wanted = `${work.conflicts}/${name}`
+  // What was kept before may be a file where this name has a directory.
+  const place = parentProblem(work.conflicts, name)
+    ? `${work.conflicts}-${randomName().slice(0, 8)}`
+    : work.conflicts
+  const wanted = `${place}/${name}`
   const kept = lstat(wanted) ? `${wanted}.${randomName().slice(0, 8)}` : wanted
   fs.mkdirSync(buffer(path.posix.dirname(kept)), { recursive: true, mode: 0o700 })
   if (deviceOf(from) === deviceOf(path.posix.dirname(kept))) moveFile(from, kept)
@@ -4267,7 +4288,9 @@ export type GitChanges = Readonly<{
 }>
 
 const OBJECT = /^([0-9a-f]{40}|[0-9a-f]{64})$/
-const REF = /^refs\/(heads|tags)\/[^\u0000-\u0020\u007f~^:?*[\\]+$/
+/** Branches and tags, as git check-ref-format wants them. */
+const REF =
+  /^(?!.*(?:\.\.|@\{|\/[./]|\.lock(?:\/|$)|[./]$))refs\/(heads|tags)\/(?!-)[^\u0000-\u0020\u007f~^:?*[\\]+$/
 const PACK_LIMIT = 4 * 2 ** 30 // bytes; git stops a pack beyond it
 
 /** Lines `G+…`, `G-…`, `Ga…` of the agent → what changed in git; whatever is not well-formed is left out. */
@@ -4475,7 +4498,7 @@ export const BOOT_LINE = `exec /bin/sh -c 'IFS= read -r script; eval "$(printf %
 
 /** Waits for the script of run `id`; `directory` holds only [A-Za-z0-9._/-]. */
 export const commandLine = (directory: string, id: string): string =>
-  `exec /bin/sh -c 'umask 077; cd; run=${directory}/run/${id}; mkdir -p "$run" || exit 254; [ ! -e "$run/gone" ] || exit 254; mkfifo "$run/go" 2>/dev/null; eval "$(cat "$run/go")"; exit 254'`
+  `exec /bin/sh -c 'mask=$(umask); umask 077; cd; run=${directory}/run/${id}; mkdir -p "$run" || exit 254; [ ! -e "$run/gone" ] || exit 254; mkfifo "$run/go" 2>/dev/null; eval "$(cat "$run/go")"; exit 254'`
 
 /** A word as printf's %b reads it: safe characters as they are, all other bytes octal, `-` for nothing. */
 export function encodeWord(word: string, encoding: "utf8" | "latin1" = "utf8"): string {
@@ -4528,7 +4551,7 @@ list() (
   start=. ; [ -z "$only" ] || start=./$only
   [ -e "$start" ] || [ -L "$start" ] || exit 0
   set -- -path '*/.git/objects' -prune -o -path '*/.git/logs' -prune -o -path '*/.git/hooks' -prune -o -path '*/.git/edict' -prune
-  [ ! -s "$meta/prune" ] || while IFS= read -r pattern; do set -- "$@" -o -path "$pattern" -prune; done <"$meta/prune"
+  [ ! -s "$meta/prune" ] || while IFS= read -r pattern; do set -- "$@" -o -path "$pattern" -type d -prune; done <"$meta/prune"
   case $finder in
     gnu) find "$start" "$@" -o -type d -printf 'd/////%p\0' -o -printf '%y%m/%i/%s/%T@/%C@/%p\0' | tr '\n\0' '\001\n' ;;
     *)
@@ -4540,6 +4563,7 @@ list() (
 
 # Lines of listing $2 that $1 lacks (+), and the other way round (-); links with their text.
 differences() {
+  ! cmp -s "$1" "$2" || { true >"$meta/diff"; return 0; }
   awk -v first="$1" 'BEGIN { while ((getline line <first) > 0) old[line] }
     { if ($0 in old) delete old[$0]; else print "+" $0 } END { for (line in old) print "-" line }' "$2" >"$meta/diff" || return 1
   sed -n '/^[+]l/p; /^[+]xa/p' "$meta/diff" | while IFS= read -r line; do
@@ -4601,7 +4625,7 @@ settle() {
   [ ! -s "$meta/remove" ] || (cd "$tree" && xargs -0 /bin/sh -c 'for f; do shift; if [ -L "$f" ] || [ -f "$f" ]; then set -- "$@" "$f"; fi; done; [ "$#" = 0 ] || exec rm -f -- "$@"' sh <"$meta/remove") || return 1
   [ ! -s "$meta/rmdir" ] || (cd "$tree" && xargs -0 rmdir -- <"$meta/rmdir") 2>/dev/null || :
   [ ! -d "$meta/in" ] || place || return 1
-  if [ ! -s "$meta/newest" ] && [ -f "$tree/.git/index" ] && command -v git >/dev/null; then
+  if [ ! -s "$meta/newest" ] && [ -d "$tree/.git" ] && command -v git >/dev/null; then
     while IFS= read -r prefix; do
       case $prefix in *.git/) git -C "$tree/$prefix.." update-index -q --refresh ;; esac
     done <"$meta/prefixes" >/dev/null 2>&1
@@ -4669,7 +4693,7 @@ do_tree() {
   touch "$meta"
   word "$4"; printf '%s' "$decoded" >"$meta/prune"
   mkdir -p "$tree" || { why="cannot make $tree"; return 1; }
-  if [ -e "$meta/next" ]; then settle || rm -f "$meta/next" "$meta/token"; fi
+  if [ -e "$meta/next" ]; then rm -f "$meta/look"; settle || rm -f "$meta/next" "$meta/token"; fi
   rm -rf "$meta/in"
   word "$6"
   printf '%s\n' "$decoded" >"$meta/prefixes"
@@ -4678,7 +4702,7 @@ do_tree() {
   word "$5"
   case " $decoded " in *" $token "*) known=1 ;; *) known= ;; esac
   if [ -n "$token" ] && [ -n "$known" ] && { [ -n "$only" ] || [ "$(ls -di "$tree")" = "$(cat "$meta/root" 2>/dev/null)" ]; }; then
-    list >"$meta/now" || { why="cannot list $tree"; return 1; }
+    if [ -e "$meta/look" ]; then mv "$meta/look" "$meta/now"; else list >"$meta/now"; fi || { why="cannot list $tree"; return 1; }
     if cmp -s "$meta/base" "$meta/now"; then say "s same $token"; return 0; fi
     [ "$8" = any ] || { why=unexpected; return 1; }
     case $(cat "$meta/running" 2>/dev/null) in
@@ -4798,7 +4822,7 @@ watchdog() {
   quiet=0
   while sleep 2; do
     { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || exit 0
-    if [ -e "$run/alive" ]; then rm -f "$run/alive"; quiet=0; else quiet=$((quiet + 1)); fi
+    if [ -e "$run/alive" ] || [ -e "$run/paused" ]; then rm -f "$run/alive"; quiet=0; else quiet=$((quiet + 1)); fi
     if [ "$quiet" -ge 5 ]; then stop_command; kill "$$"; exit 0; fi
   done
 }
@@ -4851,7 +4875,10 @@ while IFS= read -r line; do
   verb=$1
   shift
   case $verb in
-    alive) [ -z "$run" ] || true >"$run/alive" ;;
+    look) if select_tree "$1"; then list >"$meta/look" || rm -f "$meta/look"; fi ;;
+    alive) [ -z "$run" ] || { true >"$run/alive"; rm -f "$run/paused"; } ;;
+    pause) true >"$run/paused"; pid=$(cat "$run/pid") && kill -s STOP -- "-$pid" ;;
+    resume) pid=$(cat "$run/pid") && kill -s CONT -- "-$pid"; rm -f "$run/paused" ;;
     signal) do_signal "$@" 2>/dev/null ;;
     agreed) do_agreed "$@" ;;
     run) if [ -n "$broken" ]; then say ".fail an earlier step failed"; else do_run "$@" || { broken=1; say ".fail $why"; }; fi ;;
@@ -4933,8 +4960,9 @@ NIX_CONFIG="$\{NIX_CONFIG:+$NIX_CONFIG
 export NIX_CONFIG
 EDICT_RUN=$\{run##*/}
 export EDICT_RUN
+umask "$mask"
 trap : INT QUIT TERM HUP
-unset run line directory decoded word version minor
+unset mask run line directory decoded word version minor
 exec 8>&2 2>/dev/null # this shell need not say that a signal ended the command
 (exec "$@" 2>&8 8>&- 9>&-)
 code=$?
@@ -4969,12 +4997,15 @@ type Context = {
   channel?: Promise<number> // of the command: ends with its ssh
   session?: Session
   running: boolean
+  signal?: NodeJS.Signals // that this program got first
 }
 
 /** Opens the connection (asking for a password once), then the agent. */
 async function connect(context: Context): Promise<void> {
   context.multiplexed = await openMaster(context)
   context.session = await openSession(context)
+  // The agent lists known trees while they are scanned here.
+  for (const tree of context.plan.trees) if (fs.existsSync(manifestFile(context, tree))) context.session.tell("look", tree.id)
 }
 
 /** How much the agent may say in one answer: some 100 bytes for each file that the command changed. */
@@ -5243,11 +5274,12 @@ function cleanEnvironment(): NodeJS.ProcessEnv {
   return Object.fromEntries(Object.entries(process.env).filter(([name]) => !dropped.test(name)))
 }
 
-/** Several commands as one bash pipeline that fails if one of them does. */
+/** Several commands as one bash pipeline that fails if one of them does: with 255, as ssh, before all else. */
 const pipeline = (...stages: string[][]): string[] => [
   "bash",
   "-c",
-  `set -o pipefail; ${stages.map((argv) => argv.map(shellQuote).join(" ")).join(" | ")}`,
+  `set -o pipefail; ${stages.map((argv) => argv.map(shellQuote).join(" ")).join(" | ")}
+  codes=($? "\${PIPESTATUS[@]}"); [[ " \${codes[*]} " == *" 255 "* ]] && exit 255; exit "\${codes[0]}"`,
 ]
 
 /** A remote command that takes its script from its first line and the rest of standard input as it comes. */
@@ -5313,7 +5345,7 @@ async function collect(
     stderr.push(chunk)
     how.onErrors?.(chunk.toString("utf8"))
   })
-  const child = { kill: (signal: NodeJS.Signals) => kill(process_.pid, signal) }
+  const child = { kill: (signal: NodeJS.Signals) => killWithChildren(process_.pid, signal) }
   how.context?.children.add(child)
   const result = await process_
   how.context?.children.delete(child)
@@ -5389,6 +5421,16 @@ function kill(pid: number | undefined, signal: NodeJS.Signals): void {
   }
 }
 
+/** The same, and the stages of a pipeline: bash does not pass a signal on. */
+function killWithChildren(pid: number | undefined, signal: NodeJS.Signals): void {
+  try {
+    if (pid !== undefined) Bun.spawnSync(["pkill", `-${signal.slice(3)}`, "-P", String(pid)])
+  } catch {
+    // no pkill: they end at their next write
+  }
+  kill(pid, signal)
+}
+
 /** 128+n for a process that signal n ended, as shells say it. */
 export function exitCodeOf(result: { exitCode: number | null; signal: NodeJS.Signals | null }): number {
   return result.exitCode ?? 128 + (result.signal ? os.constants.signals[result.signal] : 0)
@@ -5409,7 +5451,8 @@ function commandError(
   const line =
     errors
       .split("\n")
-      .find((text) => /No space left|Disk quota|lacks a signature|dubious ownership|not found/.test(text)) ??
+      .find((text) => /No space left|Disk quota|lacks a (valid )?signature|dubious ownership|not found/.test(text)) ??
+    errors.split("\n").find((text) => text.startsWith("error: ")) ??
     firstLine(errors)
   const absent = /^bash: line \d+: (\S+): command not found$/m.exec(errors)?.[1]
   if (absent) return new EdictError(`no ${shown(absent)} here`, `install ${shown(absent)}`)
@@ -5421,7 +5464,7 @@ function commandError(
   const remedies: [RegExp, string][] = [
     [/No space left|Disk quota/, `free some space${where}`],
     [
-      /lacks a signature by a trusted key/,
+      /lacks a (valid signature|signature by a trusted key)/,
       "the store here refuses unsigned paths of this user: sign them on the host by a key that is in trusted-public-keys here, or leave the result there (--no-link)",
     ],
   ]
@@ -5432,21 +5475,35 @@ function commandError(
   )
 }
 
-/** What this process does on a signal: the command gets it, and its changes still come home; the second time it leaves at once. */
+/**
+ * What this process does on a signal: the command gets it, and its changes still come home; the second time it leaves
+ * at once. Ctrl-Z stops the command, too, and fg lets it go on.
+ */
 function handleSignals(context: Context): { dispose: () => void } {
-  let count = 0
-  const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
-    const handler = () => {
-      count++
-      if (context.running && count === 1) return context.session?.tell("signal", signal.slice(3))
-      for (const child of context.children) child.kill("SIGTERM")
-      process.exit(128 + os.constants.signals[signal])
-    }
-    process.on(signal, handler)
-    return { signal, handler }
-  })
-  return { dispose: () => handlers.forEach(({ signal, handler }) => process.off(signal, handler)) }
+  const end = (signal: NodeJS.Signals) => () => {
+    const isFirst = context.signal === undefined
+    context.signal ??= signal
+    if (context.running && isFirst) return context.session?.tell("signal", signal.slice(3))
+    for (const child of context.children) child.kill("SIGTERM")
+    process.exit(signalCode(signal))
+  }
+  const pause = () => {
+    if (context.running) context.session?.tell("pause")
+    setTimeout(() => process.kill(process.pid, "SIGSTOP"), 100) // once the request is on its way
+  }
+  const handlers: [NodeJS.Signals, () => void][] = [
+    ["SIGINT", end("SIGINT")],
+    ["SIGTERM", end("SIGTERM")],
+    ["SIGHUP", end("SIGHUP")],
+    ["SIGTSTP", pause],
+    ["SIGCONT", () => context.running && context.session?.tell("resume")],
+  ]
+  for (const [signal, handler] of handlers) process.on(signal, handler)
+  return { dispose: () => handlers.forEach(([signal, handler]) => process.off(signal, handler)) }
 }
+
+/** 128+n, as shells say it of a process that a signal ended. */
+const signalCode = (signal: NodeJS.Signals): number => 128 + os.constants.signals[signal]
 
 /** Runs one stage and notes its time. */
 async function stage<T>(context: Context, name: string, work: () => Promise<T>): Promise<T> {
@@ -6298,6 +6355,8 @@ const delay = (milliseconds: number): Promise<void> =>
   new Promise((resolve) => setTimeout(resolve, milliseconds).unref())
 const homeOf = (env: Env): string => env.HOME || os.homedir()
 
+const sum = (numbers: readonly number[]): number => numbers.reduce((total, number) => total + number, 0)
+
 function partition<T>(items: readonly T[], test: (item: T) => boolean): [T[], T[]] {
   return [items.filter(test), items.filter((item) => !test(item))]
 }
@@ -6592,7 +6651,7 @@ async function startProgress(context: Context, what: string, sizes: readonly num
     context.env.TERM !== "dumb" &&
     (await capture(["dd", "--version"], "may-fail")).includes("coreutils")
   if (!wanted) return { read: () => undefined, end: () => undefined }
-  const total = sizes.reduce((sum, size) => sum + size, 0)
+  const total = sum(sizes)
   const began = performance.now()
   let shows = false
   const read = (chunk: string) => {
@@ -6626,8 +6685,8 @@ export function progressLine(
   const { sizes, total, done, seconds } = at
   const mebi = (count: number) => (count / 2 ** 20).toFixed(1)
   const rate = done / seconds
-  let sum = 0
-  const finished = sizes.filter((size) => (sum += size) <= done).length
+  let upTo = 0
+  const finished = sizes.filter((size) => (upTo += size) <= done).length
   const left = rate > 0 && total > done ? `, ${Math.ceil((total - done) / rate)} s left` : ""
   return `edict: ${finished} of ${sizes.length} ${what}, ${mebi(Math.min(done, total || done))} of ${mebi(total)} MiB, ${mebi(rate)} MiB/s${left}`
 }

@@ -463,15 +463,16 @@ async function measureClosures(lab: Lab): Promise<Findings> {
   const tools = [EDICT_TOOL, NAIVE_TOOL]
   for (const tool of tools) await firstBuild(lab, tool, FAR.name)
   const places = tools.map((tool) => tool.place(lab, FAR.name).directory)
+  const paths: string[] = []
   const fetching = (tool: Tool, name: string): Contestant => ({
     name: `${tool.name}, .#${name}`,
-    prepare: () => forget(lab, places),
-    run: () => fetch(lab, tool, name),
+    prepare: () => forget(lab, places, paths),
+    run: () => fetchResult(lab, tool, name),
     ...(tool === NAIVE_TOOL ? { turns: lab.sizes.slowTurns } : {}),
   })
   for (const name of ["many", "one"]) {
     await EDICT_TOOL.build(lab, FAR.name, name) // from now on it is built over there
-    await forget(lab, places)
+    paths.push(resultIn(lab, places[0]!))
   }
   const [one, many, naiveOne, naiveMany] = await inTurns(
     lab,
@@ -491,7 +492,7 @@ async function measureClosures(lab: Lab): Promise<Findings> {
 }
 
 /** Milliseconds of a build on the far host whose result is not here yet. */
-async function fetch(lab: Lab, tool: Tool, name: string): Promise<number> {
+async function fetchResult(lab: Lab, tool: Tool, name: string): Promise<number> {
   const milliseconds = await tool.build(lab, FAR.name, name)
   resultIn(lab, tool.place(lab, FAR.name).directory)
   return milliseconds
@@ -504,17 +505,17 @@ function resultIn(lab: Lab, directory: string): string {
   return path
 }
 
-/** Takes the result links of these directories and all that they lead to out of the client's store. */
-async function forget(lab: Lab, directories: readonly string[]): Promise<void> {
-  const links = directories.map((directory) => `${directory}/result`)
+/** Takes store paths with their closures, and the result links of these directories, from the client. */
+async function forget(lab: Lab, directories: readonly string[], paths: readonly string[]): Promise<void> {
   const script = `
-    paths=
-    for link in ${links.join(" ")}; do
-      if [ -e "$link" ]; then paths="$paths $(nix-store --query --requisites "$link")"; fi
-      rm -f "$link"
-    done
-    if [ -n "$paths" ]; then nix-store --delete $(printf '%s\\n' $paths | sort -u); fi`
+    rm -f ${directories.map((directory) => `${directory}/result`).join(" ")}
+    closure=$(for path in ${paths.join(" ")}; do
+      if nix-store --check-validity $path; then nix-store --query --requisites $path; fi
+    done 2>/dev/null | sort -u)
+    if [ -n "$closure" ]; then nix-store --delete $closure; fi`
   await quietly(lab.client, script)
+  const left = paths.find((path) => existsSync(lab.client.outside(path)))
+  if (left !== undefined) throw new Error(`${left} is still on the client`)
 }
 
 // ── Chains ───
@@ -532,7 +533,7 @@ async function measureChains(lab: Lab): Promise<Findings> {
     run: () => time(lab, script, PEER),
   })
   const [edictTimes, builders, store, sharedStore, sharedBuilders] = await inTurns(lab, "chain", [
-    { name: "edict", prepare: () => resalt(lab, own), run: () => fetch(lab, EDICT_TOOL, "chain") },
+    { name: "edict", prepare: () => resalt(lab, own), run: () => fetchResult(lab, EDICT_TOOL, "chain") },
     { ...peer("nix --builders ssh://", BUILDERS), turns: lab.sizes.slowTurns },
     peer("nix --store ssh-ng://", REMOTE_STORE),
     peer("nix --store ssh-ng://, shared connection", `${SHARE}${REMOTE_STORE}`),
@@ -584,7 +585,7 @@ async function measureBig(lab: Lab): Promise<Findings> {
   const path = resultIn(lab, directory)
   const peaks: number[] = []
   const results: Measure = { times: [] }
-  const fresh = () => forget(lab, [directory])
+  const fresh = () => forget(lab, [directory], [path])
   const ssh = `ssh ${SHARED} root@${NEAR}`
   const [whole, file, nothing, stream] = await inTurns(
     { ...lab, sizes: { ...lab.sizes, turns: lab.sizes.slowTurns } },
@@ -593,12 +594,13 @@ async function measureBig(lab: Lab): Promise<Findings> {
       { name: "edict", prepare: fresh, run: () => timeBig(lab, directory, { peaks, results }) },
       {
         name: "ssh cat >file",
-        prepare: fresh,
+        prepare: async () => void (await quietly(lab.client, "rm -f /nix/sink")),
         run: () => time(lab, `${ssh} cat ${path} >/nix/sink`, "/root"),
       },
       { name: "ssh cat >/dev/null", run: () => time(lab, `${ssh} cat ${path} >/dev/null`, "/root") },
       {
         name: "nix-store --export, --import",
+        prepare: fresh,
         run: () => time(lab, `${ssh} nix-store --export ${path} | nix-store --import`, "/root"),
       },
     ],

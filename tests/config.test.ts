@@ -41,10 +41,12 @@ speed = 1
 /** The host that a command line means with a config. */
 async function hostOf(toml: string, argv: string[], env: Record<string, string> = {}): Promise<Host> {
   const config = await parseConfig(toml, FILE)
-  return chooseHosts(config, await parseArguments([...argv, "nix", "build"], env), {
+  const hosts = chooseHosts(config, await parseArguments([...argv, "nix", "build"], env), {
     HOME: "/home/ed",
     ...env,
   })
+  expect(hosts).toHaveLength(1)
+  return hosts[0]!
 }
 
 /** The EdictError that something ends with. */
@@ -91,6 +93,7 @@ describe("TOML becomes a Config", () => {
     address: undefined,
     systems: [],
     features: [],
+    mandatoryFeatures: [],
     speed: 1,
     tags: [],
     sshOptions: [],
@@ -230,7 +233,7 @@ describe("the host that is meant", () => {
     expect(error.hint).toContain("edict HOST nix build")
     expect(error.hint).toContain(FILE)
     const odd = parseArguments(["nix", "eval", "--expr", "a\nb \u001b[31m"], {})
-    const line = await errorOf(async () => chooseHosts(await parseConfig("", FILE), await odd, {})[0])
+    const line = await errorOf(async () => chooseHosts(await parseConfig("", FILE), await odd, {}))
     expect(line.hint).toContain("edict HOST nix eval --expr 'a\\x0ab \\x1b[31m'")
   })
 })

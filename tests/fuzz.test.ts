@@ -91,6 +91,8 @@ type Outcome = {
   deletions: boolean
   /** Whether all of it was applied: not if edict was killed. */
   whole: boolean
+  /** Whether a killed run went before: what it had done may be done once more. */
+  again?: true
 }
 
 /** A value without its executable bit, and the bit. */
@@ -118,7 +120,7 @@ function violations(outcome: Outcome): string[] {
     if (isNew && outcome.ignored.has(name)) return now === l || now === r ? [] : wrong("ignored files stay as they are")
     const [edited, changed] = [contentOf(l) !== contentOf(b), contentOf(r) !== contentOf(b)]
     if (edited && l !== undefined && contentOf(now) !== contentOf(l)) return wrong("what was written here stays")
-    if (edited && l === undefined && now !== undefined && contentOf(l) !== contentOf(r)) return wrong("what was deleted here stays deleted")
+    if (edited && l === undefined && now !== undefined && !(outcome.again && now === r) && contentOf(l) !== contentOf(r)) return wrong("what was deleted here stays deleted")
     if (!changed && contentOf(now) !== contentOf(l)) return wrong("what only we changed stays")
     if (!changed && !edited && bitOf(l) === bitOf(b) && b !== undefined && r !== undefined && l !== undefined && whole && bitOf(now) !== bitOf(r))
       return wrong("the executable bit follows the side that changed it")
@@ -173,12 +175,14 @@ async function compareSides(lab: Lab, project: Project): Promise<State> {
   const [here, there] = [treeOf(project.here), treeOf(project.there())]
   const ignored = await rulesOf(lab, project, new Set([...here.keys(), ...there.keys()]))
   const belongs = ([name, value]: [string, string]) => !ignored.has(name) && (project.plain || value !== "/")
-  const extra = ([name]: [string, string]) => here.has(name) || !wasIgnored(project, name)
+  const extra = ([name]: [string, string]) =>
+    fileOf(here, name) !== undefined || (project.plain && here.has(name)) || !wasIgnored(project, name)
   expect(Object.fromEntries([...there].filter(belongs).filter(extra))).toEqual(Object.fromEntries([...here].filter(belongs)))
   return new Map([...there].filter(([name]) => here.has(name) && !ignored.has(name)))
 }
 
-type Pending = { base: State; local: State; remote: State; deletions: boolean } | undefined
+/** What a killed run leaves to the next one: from what was already done on, it is as after any other run. */
+type Pending = { base: State; remote: State; deletions: boolean; kept: Record<string, string> } | undefined
 
 /** Edits here, a run with edits on both sides while the command waits, and its check. */
 async function round(lab: Lab, project: Project, pending: Pending): Promise<Pending> {
@@ -198,8 +202,10 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
     project.said += `recovered: ${running.stderr}`
     const after = treeOf(here)
     const ignored = await rulesOf(lab, project, earlier.remote.keys())
-    const kept = since(before, conflictsOf(here))
-    expect(violations({ ...earlier, after, kept, ignored, plain: project.plain, whole: true })).toEqual([])
+    for (const name of ignored) if (!earlier.base.has(name)) project.leftovers.add(name)
+    for (const name of earlier.remote.keys()) if (!earlier.base.has(name) && wasIgnored(project, name)) ignored.add(name)
+    const kept = { ...earlier.kept, ...since(before, conflictsOf(here)) }
+    expect(violations({ ...earlier, after, kept, ignored, plain: project.plain, whole: true, again: true })).toEqual([])
   }
   const base = await compareSides(lab, project)
   const keptBefore = conflictsOf(here)
@@ -224,7 +230,13 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
   const whole = result.code !== 137
   expect(result.stderr).not.toContain("this is a bug")
   expect(violations({ base, local, remote, after, kept, ignored, plain: project.plain, deletions: true, whole })).toEqual([])
-  if (!whole) return { base, local, remote, deletions: true }
+  if (!whole) {
+    const done = [...after, ...[...base.keys()].filter((name) => !after.has(name)).map((name) => [name, undefined] as const)]
+    const settled = new Map<string, string>(base)
+    for (const [name, value] of done)
+      if (value === remote.get(name)) value === undefined ? settled.delete(name) : settled.set(name, value)
+    return { base: settled, remote, deletions: true, kept }
+  }
   expect(result.code === 254 || (result.code === 0 && Object.keys(kept).length === 0)).toBe(true)
   expect(result.stderr.includes("conflict: ")).toBe(result.code === 254)
   expectNothingLeft(here)

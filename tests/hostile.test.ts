@@ -8,6 +8,7 @@ import {
   collisions,
   compareTrees,
   parseChanges,
+  parseGitChanges,
   shown,
   unsafeName,
   withExecutable,
@@ -366,6 +367,26 @@ test("84 names that a file system without case takes for one", () => {
       [bytes("caf\u00e9"), bytes("cafe\u0301")],
     ]),
   )
+})
+
+const OID = "0123456789012345678901234567890123456789"
+test.each([
+  ["a branch", `G+r${OID} refs/heads/main`, ["refs/heads/main"]],
+  ["a tag", `G+r${OID} refs/tags/v1`, ["refs/tags/v1"]],
+  ["a remote's branch", `G+r${OID} refs/remotes/origin/main`, []],
+  ["HEAD", `G+r${OID} HEAD`, []],
+  ["a notes ref", `G+r${OID} refs/notes/x`, []],
+  ["up and out", `G+r${OID} refs/heads/../../config`, []],
+  ["a dotted part", `G+r${OID} refs/heads/.x`, []],
+  ["a lock", `G+r${OID} refs/heads/x.lock`, []],
+  ["an option", `G+r${OID} refs/heads/-x`, []],
+  ["a blank", `G+r${OID} refs/heads/a b`, []],
+  ["a control character", `G+r${OID} refs/heads/a\u001bb`, []],
+  ["a pattern", `G+r${OID} refs/heads/*`, []],
+  ["no object", "G+rmaster refs/heads/main", []],
+  ["an option for an object", "G+r--all refs/heads/main", []],
+])("79 parseGitChanges: %s", (_, line, names) => {
+  expect(parseGitChanges([line]).refs.map(({ name }) => name)).toEqual(names)
 })
 
 test.each([

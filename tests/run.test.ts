@@ -414,7 +414,7 @@ describe("signals and lost connections", () => {
   let stray: Running
 
   beforeAll(async () => {
-    stray = p().host.spawn(["sleep", "3000"])
+    stray = p().host.spawn(["sleep", "3000"], { timeout: 600_000 })
     expect(await p().edict(["h", "nix", "run", ".#exit7"])).toMatchObject({ code: 7 })
   })
 

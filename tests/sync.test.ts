@@ -140,11 +140,21 @@ const upload: Case[] = [
     steps: [{ from: "sub/dir", command: "cat ../../top >>b; echo n >../n", here: { "sub/dir/b": "b\na\n", "sub/n": "n\n" }, says: [/2 files changed here: (\.\.\/n, b|b, \.\.\/n)/] }],
   },
   {
-    name: "20 a git worktree: changes and conflicts come home, its .git stays a file",
-    setup: "echo a >a",
+    name: "20 a git worktree: changes come home, conflicts lie in its own .git directory, its .git stays a file",
+    directory: "work-tree",
     steps: [
-      { before: `git worktree add -q "../wt-20"; mv ../wt-20 "$PWD/.git/../inside"; git worktree repair inside >/dev/null 2>&1 || :`, equal: false },
-      { from: "inside", equal: false, command: "true" },
+      {
+        before: `cd ..; rm -rf work-tree; git init -q main-20; cd main-20; echo a >a; echo b >b; git add a b; git commit -qm first; git worktree add -q ../work-tree`,
+        command: "echo there >>a; echo n >n; test -d .git", here: { a: "a\nthere\n", n: "n\n" }, proof: "test -f .git; cd ../main-20; [ -z \"$(git status --porcelain)\" ]",
+      },
+      { command: "echo there >>b", meanwhile: "echo here >>b", code: 254, here: { b: "b\nhere\n" }, says: [/git diff --no-index -- b \.\.\/main-20\/\.git\/worktrees\/work-tree\/edict\/conflicts\/[0-9a-f]+\/b/], proof: "grep -q there ../main-20/.git/worktrees/work-tree/edict/conflicts/*/b" },
+    ],
+  },
+  {
+    name: "21 a submodule with edits: its files travel and come home, its .git file stays",
+    setup: `git init -q ../sub-21; (cd ../sub-21; echo s >s; git add s; git commit -qm s); git -c protocol.file.allow=always submodule -q add ../sub-21 sub; echo a >a`,
+    steps: [
+      { before: "echo here >>sub/s; cp sub/.git /tmp/21", command: "echo there >>sub/s; echo n >sub/n; echo b >>a", here: { "sub/s": "s\nhere\nthere\n", "sub/n": "n\n", a: "a\nb\n" }, proof: "cmp sub/.git /tmp/21; git -C sub status --porcelain | grep -q '^ M s'" },
     ],
   },
   {
@@ -312,6 +322,28 @@ const crashes: Case[] = [
   { name: "90 a path with blanks and quotes", directory: `b l'a"n $k`, setup: "echo a >a", steps: [{ command: "echo there >>a; echo n >'n w'", here: { a: "a\nthere\n", "n w": "n\n" } }] },
 ]
 
+
+const clean = `[ -z "$(git status --porcelain)" ]; [ -z "$(git fsck --no-dangling 2>&1)" ]`
+const subject = (text: string, ref = "HEAD") => `[ "$(git log -1 --format=%s ${ref})" = ${text} ]`
+const commits: Case[] = [
+  { name: "62 a commit there, nothing here: the branch moves forward, the status is clean", setup: "echo a >a", steps: [{ command: "echo b >>a; echo n >n; git add n; git commit -qam there", here: { a: "a\nb\n", n: "n\n" }, proof: `${subject("there")}; ${clean}; git reflog -1 | grep -q 'edict: on h'` }, { command: "git log --format=%s | grep -q there; echo c >>a; git commit -qam again", proof: `${subject("again")}; ${clean}` }] },
+  { name: "63 a commit there, other files staged and edited here: preserved", setup: "echo a >a; echo w >w", steps: [{ command: "echo b >>a; git commit -qam there", meanwhile: "echo s >s; git add s; echo x >>w", equal: false, here: { a: "a\nb\n", w: "w\nx\n" }, proof: `${subject("there")}; [ "$(git status --porcelain)" = "$(printf 'A  s\n M w')" ]` }] },
+  { name: "64 a commit there, the same path staged here: the index stays, and it is said", setup: "echo a >a; echo b >b", steps: [{ command: "echo there >>a; echo there >>b; git commit -qam there", meanwhile: "echo here >>a; git add a", code: 254, here: { a: "a\nhere\n", b: "b\nthere\n" }, kept: { a: "a\nthere\n" }, says: [/conflict: a was staged here and there/], proof: `${subject("there")}; [ "$(git show :a)" = "$(printf 'a\nhere')" ]; [ "$(git status --porcelain)" = 'M  a' ]` }] },
+  { name: "65 a commit on both sides: ours stays, theirs waits under refs/edict", setup: "echo a >a; echo b >b", steps: [{ command: "echo there >>a; git commit -qam there", meanwhile: "echo here >>b; git commit -qam here", code: 254, says: [/refs\/heads\/main moved here meanwhile; theirs is refs\/edict\/h\/heads\/main/, /git merge refs\/edict\/h\/heads\/main/], proof: `${subject("here")}; ${subject("there", "refs/edict/h/heads/main")}; git stash -q; git merge -q refs/edict/h/heads/main -m m; grep -q there a; grep -q here b` }] },
+  { name: "66 a branch made there; one of the same name made here, too", setup: "echo a >a", steps: [{ command: "git checkout -q -b bump; git commit -q --allow-empty -m bumped; git checkout -q main", proof: `${subject("bumped", "bump")}; ${subject("first")}; ${clean}` }, { command: "git checkout -q -b two; git commit -q --allow-empty -m theirs; git checkout -q main", meanwhile: "git branch two", code: 254, proof: `${subject("first", "two")}; ${subject("theirs", "refs/edict/h/heads/two")}` }] },
+  { name: "67 amended and reset there: not applied by itself", setup: "echo a >a", steps: [{ command: "git commit -q --amend -m amended --allow-empty", code: 254, says: [/not forward/], proof: `${subject("first")}; ${subject("amended", "refs/edict/h/heads/main")}` }] },
+  { name: "68 a tag made there comes; a branch deleted there stays here", setup: "echo a >a; git add -A; git commit -qm zero; git branch old", steps: [{ command: "git tag -a v1 -m v1; git tag light; git branch -D old 2>/dev/null || :", proof: "[ \"$(git tag)\" = \"$(printf 'light\nv1')\" ]; git rev-parse -q --verify old; [ \"$(git cat-file -t v1)\" = tag ]" }] },
+  { name: "69 staged, added without content and made executable there: the index follows", setup: "echo a >a; echo m >m", steps: [{ command: "echo n >n; git add n; echo i >i; git add -N i; chmod +x m; git update-index --chmod=+x m", here: { m: "*m\n" }, proof: `[ "$(git status --porcelain)" = "$(printf ' A i\nM  m\nA  n')" ]` }] },
+  { name: "70 switched to another branch there: follows", setup: "echo a >a", steps: [{ command: "git checkout -q -b other; echo b >>a; git commit -qam there", proof: `[ "$(git symbolic-ref HEAD)" = refs/heads/other ]; ${subject("there")}; ${subject("first", "main")}; ${clean}` }] },
+  { name: "70b switched there, and here to another: ours stays", setup: "echo a >a", steps: [{ command: "git checkout -q -b theirs; git commit -q --allow-empty -m there", meanwhile: "git checkout -q -b ours", code: 254, says: [/HEAD was switched to refs\/heads\/theirs there/], proof: `[ "$(git symbolic-ref HEAD)" = refs/heads/ours ]; ${subject("first")}; ${subject("there", "theirs")}` }] },
+  { name: "71 a detached HEAD", setup: "echo a >a", steps: [{ before: "git checkout -q --detach", command: "echo b >>a; git commit -qam there", proof: `${subject("there")}; ! git symbolic-ref -q HEAD; ${subject("first", "main")}; ${clean}` }] },
+  { name: "71b no commit yet: the first one is made there", steps: [{ before: "echo a >a", command: "git add a; git commit -qm there", proof: `${subject("there")}; ${clean}` }] },
+  { name: "72 a split index, packed refs, a repository with SHA-256", setup: "rm -rf .git; git init -q --object-format=sha256; echo a >a; git add a; git commit -qm zero; git update-index --split-index; git tag t; git pack-refs --all", steps: [{ command: "echo b >>a; git commit -qam there", proof: `${subject("there")}; ${clean}` }] },
+  { name: "78 a commit whose tree has a .git entry is refused, and no ref moves", setup: "echo a >a", steps: [{ command: `b=$(echo evil | git hash-object -w --stdin); t=$(printf '100755 blob %s\tpost-checkout\n' $b | git mktree); t=$(printf '040000 tree %s\thooks\n' $t | git mktree)
+          raw=$(printf '40000 .git\\0'; printf %s $t | sed 's/../\\\\x&/g'); bash -c "printf '40000 .git\\\\0'; printf '$(printf %s $t | sed 's/../\\\\x&/g')'" >raw; t=$(git hash-object -t tree -w --literally raw); rm raw
+          c=$(git commit-tree -p HEAD -m evil $t); git update-ref refs/heads/main $c; git cat-file -p $t | grep -q '[.]git'`, code: 254, says: [/hasDotgit|\.git|fsck/i], proof: `${subject("first")}; ! git rev-parse -q --verify refs/edict/h/heads/main; ${clean}` }] },
+]
+
 /** What must be the same with every shell and every set of tools over there. */
 const portable = [...upload, ...bringingBack, ...localWork, ...crashes].filter(({ name }) => /^(5|7|12|15|16|18|23|32|33|35|36|43|46|49|52|56|60) /.test(name))
 
@@ -342,6 +374,317 @@ describe("a usual host", () => {
   let lab: Lab
   beforeAll(async () => void (lab = await startLab()))
   afterAll(async () => await lab?.[Symbol.asyncDispose]())
-  runAll([...upload, ...bringingBack, ...localWork, ...crashes], () => lab)
+  runAll([...upload, ...bringingBack, ...localWork, ...crashes, ...commits], () => lab)
 })
-void execFileSync, fs, join, appears, conflictsOf, expectEqual, expectNothingLeft, snapshot, expect, portable
+
+// ── Cases that need more than a script ───
+
+describe("a host of its own for each", () => {
+  let lab: Lab
+  beforeAll(async () => void (lab = await startLab([{}, { nix: "2.8" }])))
+  afterAll(async () => await lab?.[Symbol.asyncDispose]())
+  const make = async (name: string, setup: string) => {
+    const cwd = `/root/${name}`
+    const script = `mkdir ${cwd}; cd ${cwd}; git init -q; ${setup}\ngit add -A; git commit -qm first --allow-empty`
+    expect(await lab.client.run(["/bin/sh", "-ec", script])).toMatchObject({ code: 0, stderr: "" })
+    return { cwd, here: lab.client.outside(cwd), there: () => lab.remote(cwd) }
+  }
+
+  /** Starts a run whose command, after its work, waits until `go` is called. */
+  const start = async (cwd: string, command: string, host = "h") => {
+    const machine = lab.hosts.find(({ name }) => name === host)!
+    const mark = `/tmp/wait-${Bun.nanoseconds()}`
+    const script = `${command}\ntouch ${mark}.at; until [ -e ${mark}.go ]; do sleep 0.02; done`
+    const running = lab.client.spawn(lab.argv(script, { host }), { cwd })
+    running.end()
+    await Promise.race([appears(machine.outside(`${mark}.at`)), running.result.then(({ stderr }) => expect(stderr).toBe(""))])
+    return { running, go: () => fs.writeFileSync(machine.outside(`${mark}.go`), "") }
+  }
+
+  test("24 a file that changes while it is sent: the next run sends it again", async () => {
+    const { cwd, here } = await make("changing", many(300, "echo $i >f$i"))
+    const stop = Promise.withResolvers<void>()
+    let done = false
+    void stop.promise.then(() => (done = true))
+    const writer = (async () => {
+      for (let version = 0; !done; version++) {
+        for (let at = 1; at <= 300; at += 7) fs.writeFileSync(join(here, `f${at}`), `${version}\n`)
+        await Bun.sleep(0)
+      }
+    })()
+    const first = await lab.edict(cwd, ":")
+    stop.resolve()
+    await writer
+    expect(first).toMatchObject({ code: 0 })
+    expect(await lab.edict(cwd, ":")).toMatchObject({ code: 0, stderr: "" })
+    await expectEqual(lab, cwd, lab.remote(cwd), false)
+  })
+
+  test("25 scattered ignored files cost little", async () => {
+    const files = `for d in $(seq 40); do mkdir d$d; for f in $(seq 100); do echo $f >d$d/f$f; done; done; echo '*.o' >.gitignore`
+    const plain = await make("few", files)
+    const ignored = await make("scattered", `${files}; for d in $(seq 40); do for f in $(seq 25); do echo x >d$d/x$f.o; done; done`)
+    const fastest = async (cwd: string) => {
+      const times: number[] = []
+      for (let at = 0; at < 4; at++) {
+        const began = performance.now()
+        expect(await lab.edict(cwd, ":")).toMatchObject({ code: 0 })
+        if (at > 0) times.push(performance.now() - began)
+      }
+      return Math.min(...times)
+    }
+    const [few, scattered] = [await fastest(plain.cwd), await fastest(ignored.cwd)]
+    console.log(`unchanged tree of 4,000 files: ${few.toFixed(0)} ms; with 1,000 ignored ones: ${scattered.toFixed(0)} ms`)
+    expect(scattered).toBeLessThan(2 * few + 200)
+  })
+
+  test("26 a large ignored directory over there is looked at once", async () => {
+    const { cwd, here } = await make("large", "echo big/ >.gitignore; echo a >a")
+    expect(await lab.edict(cwd, "mkdir big; cd big; seq 20000 | xargs touch")).toMatchObject({ code: 0, stderr: "" })
+    expect(await lab.edict(cwd, "echo b >>a")).toMatchObject({ code: 0 })
+    const meta = join(lab.remote("/root"), "../../meta")
+    const listing = fs.readdirSync(meta).map((id) => join(meta, id)).find((id) => fs.readFileSync(join(id, "path"), "utf8").includes(cwd))!
+    expect(fs.readFileSync(join(listing, "base"), "latin1")).not.toContain("./big/")
+    expect(await lab.edict(cwd, "[ -e big/20000 ]")).toMatchObject({ code: 0, stderr: "" })
+    expect(fs.existsSync(join(here, "big"))).toBe(false)
+  })
+
+  test("39 a large file comes home as a stream: edict's own memory stays small", async () => {
+    const { cwd, here } = await make("stream", "echo a >a")
+    const running = lab.client.spawn(lab.argv("head -c 400000000 /dev/zero >big"), { cwd })
+    running.end()
+    let most = 0
+    let ended = false
+    void running.result.then(() => (ended = true))
+    const pid = await running.pid()
+    while (!ended) {
+      const status = fs.existsSync(`/proc/${pid}/status`) ? fs.readFileSync(`/proc/${pid}/status`, "utf8") : ""
+      most = Math.max(most, Number(/VmHWM:\s*(\d+)/.exec(status)?.[1] ?? 0))
+      await Bun.sleep(20)
+    }
+    expect(await running.result).toMatchObject({ code: 0 })
+    expect(fs.statSync(join(here, "big")).size).toBe(400_000_000)
+    expect(most).toBeGreaterThan(10_000)
+    expect(most).toBeLessThan(300_000) // KiB
+  })
+
+  test("50 an editor that saves in a loop while changes are applied loses nothing", async () => {
+    const { cwd, here } = await make("editor", many(300, "echo base >f$i"))
+    let saves = 0
+    let conflicts = 0
+    for (let round = 0; round < 3; round++) {
+      const { running, go } = await start(cwd, `for f in f*; do echo there-${round} >$f; done`)
+      const last = new Map<string, string>()
+      let ended = false
+      void running.result.then(() => (ended = true))
+      go()
+      while (!ended) {
+        for (let burst = 0; burst < 20; burst++) {
+          const name = `f${1 + Math.floor(Math.random() * 300)}`
+          const text = `here-${++saves}\n`
+          fs.writeFileSync(join(here, ".saving"), text)
+          fs.renameSync(join(here, ".saving"), join(here, name))
+          last.set(name, text)
+        }
+        await Bun.sleep(0)
+      }
+      const lost = [...last].filter(([name, text]) => fs.readFileSync(join(here, name), "utf8") !== text)
+      expect(lost).toEqual([])
+      const { code, stderr } = await running.result
+      expect(stderr).not.toContain("bug")
+      expect([0, 254]).toContain(code)
+      conflicts += Object.keys(conflictsOf(here)).length
+      fs.rmSync(join(here, ".git/edict/conflicts"), { recursive: true, force: true })
+      expectNothingLeft(here)
+      expect(await lab.edict(cwd, ":")).toMatchObject({ code: 0 })
+    }
+    console.log(`${saves} saves, ${conflicts} conflicts`)
+    expect(conflicts).toBeGreaterThan(0)
+  })
+
+  test("51 an editor that holds a file open and writes into it after it was replaced: said, and saved", async () => {
+    const count = 400
+    const { cwd, here } = await make("in-place", many(count, "printf '%08d' $i >$(printf f%03d $i)"))
+    const names = Array.from({ length: count }, (_, at) => `f${String(at + 1).padStart(3, "0")}`)
+    const { running, go } = await start(cwd, "for f in f*; do echo there >$f; done")
+    const open = new Map(names.map((name) => [name, fs.openSync(join(here, name), "r+")]))
+    let ended = false
+    void running.result.then(() => (ended = true))
+    go()
+    const written = new Map<string, string>()
+    const isReplaced = (name: string) => fs.statSync(join(here, name), { throwIfNoEntry: false })?.ino !== fs.fstatSync(open.get(name)!).ino
+    while (!ended) {
+      for (const name of names) {
+        if (written.has(name) || !isReplaced(name)) continue
+        fs.writeSync(open.get(name)!, `mine-${name}`, 0)
+        // Once the last one is replaced the old files may have been looked at already.
+        if (names.filter((other) => !written.has(other) && other !== name).some((other) => !isReplaced(other))) written.set(name, `mine-${name}`)
+      }
+      await Bun.sleep(0)
+    }
+    const { code, stderr } = await running.result
+    const saved = [...written].filter(([name, text]) => fs.readFileSync(join(here, name), "utf8") === text || Object.values(conflictsOf(here)).includes(text))
+    expect(saved.length).toBe(written.size)
+    console.log(`${written.size} files written after they were replaced`)
+    if (written.size > 0) {
+      expect(code).toBe(254)
+      expect(stderr).toMatch(/was written here while it was replaced/)
+    }
+  })
+
+  /** What must be true of a tree whose run was killed: each file is old or new, and the next run repairs all. */
+  const expectWhole = async (cwd: string, allowed: (name: string) => string[]) => {
+    const here = lab.client.outside(cwd)
+    const odd = [...snapshot(here)].filter(([name, text]) => !name.includes(".edict-stage") && !allowed(name).includes(text))
+    expect(odd).toEqual([])
+    expect(fs.existsSync(join(here, ".git/index.lock"))).toBe(false)
+  }
+
+  const kills: [string, (running: { kill: (signal: NodeJS.Signals) => Promise<void> }) => Promise<unknown>, number][] = [
+    ["edict is killed", async (running) => await running.kill("SIGKILL"), 14],
+    ["ssh is killed", async () => await lab.client.sh("pkill -KILL -x ssh"), 8],
+    ["the remote sshd is killed", async () => await lab.host.dropConnections(), 8],
+  ]
+  for (const [what, kill, times] of kills)
+    test(`53-55 ${what}, at any moment`, async () => {
+      const name = what.replaceAll(" ", "-")
+      const { cwd, here } = await make(name, `${many(40, "echo old >f$i")}; echo mine >mine`)
+      expect(await lab.edict(cwd, ":")).toMatchObject({ code: 0 })
+      let version = 0
+      for (let at = 0; at < times; at++) {
+        const [before, after] = [`v${version}\n`, `v${version + 1}\n`]
+        for (let file = 1; file <= 40; file++) fs.writeFileSync(join(here, `f${file}`), before)
+        fs.writeFileSync(join(here, "mine"), before)
+        const running = lab.client.spawn(lab.argv(`for f in f*; do echo v${version + 1} >$f; done; echo ${version + 1} >new${at}`), { cwd })
+        running.end()
+        await Bun.sleep((at * 700) / times)
+        await kill(running).catch(() => undefined)
+        const { stderr } = await running.result
+        expect(stderr).not.toContain("this is a bug")
+        await expectWhole(cwd, (file) => (file.startsWith("new") ? Array.from({ length: at + 1 }, (_, n) => [`${n}\n`, `${version + 1}\n`]).flat().concat(Array.from({ length: version + 2 }, (_, n) => `${n}\n`)) : [before, after]))
+        expect(fs.readFileSync(join(here, "mine"), "utf8")).toBe(before)
+        // An edit after the crash must survive the repair.
+        fs.writeFileSync(join(here, "f1"), "edited\n")
+        const repair = await lab.edict(cwd, ":")
+        expect(repair.stderr).not.toContain("this is a bug")
+        expect([0, 254]).toContain(repair.code)
+        expect(fs.readFileSync(join(here, "f1"), "utf8")).toBe("edited\n")
+        expectNothingLeft(here)
+        expect(await lab.edict(cwd, ":")).toMatchObject({ code: 0, stderr: "" })
+        await expectEqual(lab, cwd, lab.remote(cwd), false)
+        version += 2
+      }
+    })
+
+  test("55b the connection is lost while the command works: what it did comes home with the next run", async () => {
+    const { cwd, here } = await make("lost", "echo a >a")
+    const { running } = await start(cwd, "echo late >late; echo b >>a")
+    await lab.host.dropConnections()
+    const { code, stderr } = await running.result
+    expect({ code, lost: /lost|ended|closed/.test(stderr) }).toEqual({ code: 255, lost: true })
+    expect(fs.existsSync(join(here, "late"))).toBe(false)
+    const next = await lab.edict(cwd, "cat late")
+    expect(next).toMatchObject({ code: 0, stdout: "late\n" })
+    expect(next.stderr).toContain("an earlier run on h was cut off; first its changes come home")
+    expect([fs.readFileSync(join(here, "late"), "utf8"), fs.readFileSync(join(here, "a"), "utf8")]).toEqual(["late\n", "a\nb\n"])
+  })
+
+  test("60c mass deletion on a terminal: asks", async () => {
+    for (const [answer, left, code] of [["n", 40, 254], ["y", 0, 0]] as const) {
+      const { cwd, here } = await make(`asks-${answer}`, many(40, "echo $i >f$i"))
+      const running = lab.client.spawn(lab.argv("rm f*"), { cwd, tty: true })
+      await running.waitFor("Delete them here, too? [y/N]")
+      running.write(`${answer}\n`)
+      expect((await running.result).code).toBe(code)
+      expect(fs.readdirSync(here).filter((name) => name.startsWith("f")).length).toBe(left)
+    }
+  })
+
+  test("87 two runs from one directory to one host: both finish, each sees its own tree, both results come home", async () => {
+    const { cwd, here } = await make("twice", "echo a >a; echo b >b")
+    const first = await start(cwd, "echo first >>a; echo 1 >one")
+    const second = await start(cwd, "grep -q first a && exit 9; echo second >>b; echo 2 >two")
+    first.go()
+    second.go()
+    const results = await Promise.all([first.running.result, second.running.result])
+    expect(results.map(({ code, stderr }) => ({ code, conflict: stderr.includes("conflict") }))).toEqual([
+      { code: 0, conflict: false },
+      { code: 0, conflict: false },
+    ])
+    expect(Object.fromEntries(snapshot(here))).toEqual({ a: "a\nfirst\n", b: "b\nsecond\n", one: "1\n", two: "2\n" })
+    expect(await lab.edict(cwd, "cat a b one two")).toMatchObject({ code: 0, stdout: "a\nfirst\nb\nsecond\n1\n2\n" })
+  })
+
+  test("88 two runs that edit one file: the first is applied, the second is a conflict", async () => {
+    const { cwd, here } = await make("both-edit", "echo a >a")
+    const first = await start(cwd, "echo first >>a")
+    const second = await start(cwd, "echo second >>a")
+    first.go()
+    expect(await first.running.result).toMatchObject({ code: 0 })
+    second.go()
+    expect(await second.running.result).toMatchObject({ code: 254 })
+    expect(fs.readFileSync(join(here, "a"), "utf8")).toBe("a\nfirst\n")
+    expect(conflictsOf(here)).toEqual({ a: "a\nsecond\n" })
+  })
+
+  test("89 runs on two hosts at once: as on one", async () => {
+    const { cwd, here } = await make("two-hosts", "echo a >a; echo b >b")
+    const first = await start(cwd, "echo first >>a; echo 1 >one")
+    const second = await start(cwd, "echo second >>b; echo 2 >two; echo other >one", "h1")
+    first.go()
+    expect(await first.running.result).toMatchObject({ code: 0 })
+    second.go()
+    expect(await second.running.result).toMatchObject({ code: 254 })
+    expect(Object.fromEntries(snapshot(here))).toEqual({ a: "a\nfirst\n", b: "b\nsecond\n", one: "1\n", two: "2\n" })
+    expect(conflictsOf(here)).toEqual({ one: "other\n" })
+  })
+})
+
+// ── Other hosts ───
+
+test("58 the disk over there is full: nothing is applied, and it is said", async () => {
+  await using lab = await startLab([{ diskLimit: "20m" }])
+  const cwd = "/root/full"
+  await lab.client.sh(`mkdir ${cwd} && cd ${cwd} && git init -q && echo a >a && git add a && git commit -qm first`)
+  expect(await lab.edict(cwd, ":")).toMatchObject({ code: 0 })
+  await lab.client.sh("head -c 30000000 /dev/urandom >big; echo b >>a", { cwd })
+  const failed = await lab.edict(cwd, "echo ran")
+  expect(failed).toMatchObject({ code: 254, stdout: "" })
+  expect(failed.stderr).toMatch(/No space left/)
+  expect(fs.readFileSync(join(lab.remote(cwd), "a"), "utf8")).toBe("a\n")
+  await lab.client.sh("rm big", { cwd })
+  expect(await lab.edict(cwd, "cat a")).toMatchObject({ code: 0, stdout: "a\nb\n" })
+  await expectEqual(lab, cwd, lab.remote(cwd), false)
+  // And when the command itself fills it: what it could write comes home.
+  const filled = await lab.edict(cwd, "echo c >>a; head -c 30000000 /dev/zero >/root/fill; rm /root/fill; exit 3")
+  expect(filled).toMatchObject({ code: 3 })
+  expect(fs.readFileSync(lab.client.outside(`${cwd}/a`), "utf8")).toBe("a\nb\nc\n")
+})
+
+describe("83 one tool missing over there: it is named, and nothing is taken for unchanged", () => {
+  test.concurrent.each(["awk", "tr", "tar", "find", "rsync"])("%s", async (tool) => {
+    const hide = tool === "awk" ? ["awk", "mawk", "gawk", "original-awk"] : [tool]
+    await using lab = await startLab([{ hide }], undefined, "without a first run")
+    const cwd = "/root/p"
+    await lab.client.sh(`mkdir ${cwd} && cd ${cwd} && git init -q && echo a >a && git add a && git commit -qm first`)
+    const result = await lab.edict(cwd, "echo b >>a; echo ran")
+    expect(result).toMatchObject({ code: 254, stdout: "" })
+    expect(result.stderr).toContain(tool)
+    expect(fs.readFileSync(lab.client.outside(`${cwd}/a`), "utf8")).toBe("a\n")
+  })
+})
+
+const variants: [string, Parameters<typeof startLab>[0]][] = [
+  ["82 busybox", [{ busybox: true }]],
+  ["86 fish", [{ shell: "fish" }]],
+]
+for (const [name, hosts] of variants)
+  describe(name, () => {
+    let lab: Lab
+    beforeAll(async () => {
+      lab = await startLab(hosts)
+      await lab.host.sh("mkdir -p .config/fish; echo 'echo noise; echo noise >&2' | tee .bashrc .profile .config/fish/config.fish .zshenv")
+    })
+    afterAll(async () => await lab?.[Symbol.asyncDispose]())
+    runAll(portable, () => lab)
+  })
