@@ -11,7 +11,7 @@
  *   results    result links that it made are made here, after their closures came home
  *   sync back  files that it changed come home, and never over an edit made here meanwhile
  *
- * Needed here: bash, ssh, rsync, tar; git for git trees; nix for results. Needed there: a POSIX sh with
+ * Needed here: bash, ssh, rsync, tar; git for git trees; nix and xargs for results. Needed there: a POSIX sh with
  * find, stat, awk, tar and friends, rsync, nix. Nothing of edict is installed over there.
  *
  * One file on purpose: copy it, read it, change it. What is exported is exported for the tests; it is no
@@ -50,6 +50,7 @@ Options stand before HOST; everything after it belongs to the command.
   --json            print the plan of --dry-run, or what --hosts and --doctor found, as JSON
   --pick            run on one host of the list: the best that fits the system and answers
   --system SYSTEM   the system that --pick needs (default: the one that the command names, else the one here)
+  --features LIST   system features that --pick needs, with commas between them
   --jobs N, --fail-fast   with several hosts: at most N at once; stop the rest at the first failure
   --report FILE     write what happened as JSON: host, exit code, times, result links, changed files
   --allow-mass-delete   let the command delete more than half of the tracked files here, too
@@ -92,6 +93,7 @@ export type Options = Readonly<{
   allowMassDelete: boolean
   pick: boolean
   system?: string // that --pick has to fit
+  features: readonly string[] // that it needs
   jobs: number // hosts at once
   failFast: boolean
   linkSuffix: string // what the names of result links end in, with several hosts: "-NAME"
@@ -257,7 +259,9 @@ export async function main(argv: readonly string[], env: Env = process.env): Pro
   if (invocation.options.action === "clean") return await cleanHosts(hosts, invocation.options, env)
   const here = { cwd: process.cwd(), env }
   if (invocation.options.action === "dry-run") return describe(invocation, hosts, here)
-  const chosen = invocation.options.pick ? [await pickHost(invocation, hosts, here)] : hosts
+  const chosen = invocation.options.pick
+    ? [await pickHost(invocation, hosts, here)]
+    : await withoutTwins(hosts)
   return chosen.length === 1
     ? await runAlone(invocation, chosen[0]!, here)
     : await runOnMany(invocation, chosen, argv)
@@ -269,6 +273,7 @@ async function runAlone(
   host: Host,
   here: { cwd: string; env: Env },
 ): Promise<number> {
+  followParent(here.env)
   const { plan, locks } = takeFreeSlot(invocation, { host, ...here })
   try {
     const code = await runOn(plan, here.env)
@@ -331,7 +336,15 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
 // Looks nothing up. Options stand before HOST; the first word that is none ends them.
 
 const SSH_VALUE_OPTIONS = ["o", "p", "i", "F", "J"] as const
-const VALUE_OPTIONS = ["report", "config", "system", "jobs", "completion", "link-suffix"] as const
+const VALUE_OPTIONS = [
+  "report",
+  "config",
+  "system",
+  "features",
+  "jobs",
+  "completion",
+  "link-suffix",
+] as const
 const VALUE_WORD = new RegExp(`^(--(?:${VALUE_OPTIONS.join("|")}))(?:=(.*))?$`, "s")
 const FLAG_OPTIONS = [
   "hosts",
@@ -385,6 +398,7 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
     allowMassDelete: flag("allow-mass-delete"),
     pick: flag("pick"),
     system: value("system"),
+    features: (value("features") ?? "").split(",").filter((feature) => feature !== ""),
     jobs: jobsOf(value("jobs")),
     failFast: flag("fail-fast"),
     linkSuffix: value("link-suffix") ?? "",
@@ -394,8 +408,9 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
   }
   if (options.json && options.action === "run")
     throw new UsageError("--json goes with --dry-run, --hosts or --doctor", "edict --dry-run --json …")
-  if (options.system !== undefined && !options.pick)
-    throw new UsageError("--system goes with --pick", "edict --pick --system x86_64-linux a,b nix …")
+  for (const name of ["system", "features"] as const)
+    if (value(name) !== undefined && !options.pick)
+      throw new UsageError(`--${name} goes with --pick`, `edict --pick --${name} ${value(name)!} a,b nix …`)
   if (options.action === "completion") return { options, host: value("completion"), command: [] }
   return { options, ...splitCommand(rest, options, env) }
 }
@@ -458,6 +473,8 @@ function splitCommand(
   if (options.action === "doctor" || options.action === "clean") {
     if (rest.some((word) => isNixProgram(word)))
       throw new UsageError(`--${options.action} takes hosts, no command`, `edict --${options.action} HOST`)
+    if (first === undefined && options.action === "clean")
+      throw new UsageError("--clean takes no default: name the hosts", "edict --clean HOST")
     return { host: first === undefined ? env.EDICT_HOST || undefined : rest.join(","), command: [] }
   }
   if (first === undefined) throw new UsageError("no host and no command given", "edict HOST nix build .#x")
@@ -517,7 +534,14 @@ const DEFAULT_DIRECTORY = ".cache/edict"
 /** What each key of the host config must be; the words appear in error messages. */
 const CHECKS = {
   text: { allowed: "a string", check: (value: unknown) => typeof value === "string" && value !== "" },
-  number: { allowed: "a number above 0", check: (value: unknown) => typeof value === "number" && value > 0 },
+  address: {
+    allowed: "[user@]host or ssh://[user@]host[:port], as a string",
+    check: (value: unknown) => typeof value === "string" && isAddress(value),
+  },
+  number: {
+    allowed: "a number above 0",
+    check: (value: unknown) => typeof value === "number" && value > 0 && Number.isFinite(value),
+  },
   flag: { allowed: "true or false", check: (value: unknown) => typeof value === "boolean" },
   list: {
     allowed: "a list of strings",
@@ -547,7 +571,7 @@ type Check = keyof typeof CHECKS
 
 const TOP_KEYS: Readonly<Record<string, Check>> = { default: "text", machines: "text", hosts: "hosts" }
 const HOST_KEYS: Readonly<Record<string, Check>> = {
-  address: "text",
+  address: "address",
   systems: "list",
   features: "list",
   speed: "number",
@@ -579,6 +603,11 @@ export async function parseConfig(text: string, file: string): Promise<Config> {
   const hosts = Object.entries(isTable(top.hosts) ? top.hosts : {}).map(([name, host]) => {
     if (!isTable(host))
       throw new EdictError(`${file}: hosts.${shown(name)} must be a table`, `[hosts.${shown(name)}]`)
+    if (name === "" || /^[@-]|,/.test(name) || isNixProgram(name))
+      throw new EdictError(
+        `${file}: hosts.${shown(name)} cannot be given as HOST: a name begins with no @ or -, has no comma, and is no program of Nix`,
+        "choose another name, and put the host into its address",
+      )
     checkKeys(host, HOST_KEYS, file, `hosts.${name}.`)
     return [name, hostConfig(host)] as const
   })
@@ -640,53 +669,101 @@ async function readConfig(options: Options, env: Env): Promise<Config> {
   if (named === undefined && !fs.existsSync(file)) return { file, hosts: {} }
   try {
     const config = await parseConfig(fs.readFileSync(file, "utf8"), file)
-    if (config.machines === undefined) return config
-    const machines = parseMachines(readText(config.machines) ?? "", (name) => readText(name) ?? "")
-    return { ...config, hosts: { ...machines, ...config.hosts } }
+    return { ...config, hosts: { ...readMachines(config, env), ...config.hosts } }
   } catch (error) {
     if (error instanceof EdictError) throw error
     throw new EdictError(`${file}: cannot read the host config: ${reason(error)}`)
   }
 }
 
+/** The hosts of the machines file that the config names, if it names one. */
+function readMachines({ machines, file }: Config, env: Env): Record<string, HostConfig> {
+  if (machines === undefined) return {}
+  const list = path.resolve(path.dirname(file), machines.replace(/^~(?=\/)/, homeOf(env)))
+  try {
+    return parseMachines(fs.readFileSync(list, "utf8"), { file: list, include: readText })
+  } catch (error) {
+    if (error instanceof EdictError) throw error
+    throw new EdictError(
+      `${file}: machines must be a file that can be read: ${reason(error)}`,
+      'machines = "/etc/nix/machines"',
+    )
+  }
+}
+
+type MachinesFile = Readonly<{ file: string; include: (file: string) => string | undefined; depth?: number }>
+
 /**
  * Nix's own list of machines: URI, systems, ssh key, jobs, speed, features, mandatory features, host key in base64;
  * `-` for a default, comments, `;` as a line break, `@FILE` for another file (missing ones are empty), as in Nix's
- * machines.cc. A host is named by what its URI says before any `?`.
+ * machines.cc. A host is named by what its URI says before any `?`; several lines for one add up. Stores that are no
+ * hosts are passed over. Throws EdictError for a line that Nix would not take either.
  */
-export function parseMachines(
-  text: string,
-  include: (file: string) => string,
-  depth = 0,
-): Record<string, HostConfig> {
+export function parseMachines(text: string, from: MachinesFile): Record<string, HostConfig> {
+  const { file, include, depth = 0 } = from
   const result: Record<string, HostConfig> = {}
+  const add = (name: string, host: HostConfig) => {
+    result[name] = Object.hasOwn(result, name) ? joinMachines(result[name]!, host) : host
+  }
   for (const raw of text.split(/[\n;]/)) {
     const line = raw.replace(/#.*/, "").trim()
-    if (line === "") continue
     if (line.startsWith("@")) {
-      if (depth < 10) Object.assign(result, parseMachines(include(line.slice(1)), include, depth + 1))
-      continue
-    }
-    const [uri, systems, key, , speed, features, mandatory, hostKey] = line
-      .split(/\s+/)
-      .map((field) => (field === "-" ? "" : field))
-    const list = (field: string | undefined) => (field ? field.split(",") : [])
-    if (!uri || (/^\w[\w+-]*:\/\//.test(uri) && !/^ssh(-ng)?:\/\//.test(uri))) continue
-    const name = uri.replace(/^ssh(-ng)?:\/\//, "").replace(/[/?].*$/, "")
-    const authority = /^ssh/.test(uri) && uri.includes("://") ? uri.replace(/\?.*$/, "") : name
-    result[name] = {
-      ...hostConfig({
-        address: authority,
-        systems: list(systems),
-        features: [...list(features), ...list(mandatory)],
-        speed: Number(speed) > 0 ? Number(speed) : 1,
-        "ssh-options": key ? ["-i", key] : [],
-      }),
-      mandatoryFeatures: list(mandatory),
-      hostKey: hostKey ? Buffer.from(hostKey, "base64").toString("utf8").trim() : undefined,
+      const other = path.resolve(path.dirname(file), line.slice(1).trim())
+      const found = depth < 10 ? parseMachines(include(other) ?? "", { file: other, include, depth: depth + 1 }) : {}
+      for (const [name, host] of Object.entries(found)) add(name, host)
+    } else if (line !== "") {
+      const machine = parseMachine(line, file)
+      if (machine) add(...machine)
     }
   }
   return result
+}
+
+/** One line of a machines file; undefined for a store that ssh does not lead to. */
+function parseMachine(line: string, file: string): [name: string, host: HostConfig] | undefined {
+  const [uri = "", systems, key, jobs, speed, features, mandatory, hostKey] = line
+    .split(/\s+/)
+    .map((field) => (field === "-" ? "" : field))
+  const isHost = uri.includes("://")
+    ? /^ssh(-ng)?:\/\//.test(uri)
+    : !uri.includes("/") && !/^(auto|daemon|local)(\?|$)/.test(uri)
+  if (uri === "" || !isHost) return undefined
+  const wrong = (what: string, allowed: string, value: string) =>
+    new EdictError(`${file}: ${shown(uri)}: ${what} must be ${allowed}, not ${shown(value)}`, "- for the default")
+  const address = uri.replace(/\?.*$/, "")
+  if (!isAddress(address)) throw wrong("the URI", "ssh://[user@]host[:port]", uri)
+  if (jobs && !/^\d+$/.test(jobs)) throw wrong("the fourth field (jobs)", "a whole number", jobs)
+  if (speed && !(Number(speed) >= 0)) throw wrong("the fifth field (speed)", "a number", speed)
+  const publicKey = Buffer.from(hostKey ?? "", "base64").toString("utf8").trim()
+  if (hostKey && !/^[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n]*)?$/.test(publicKey))
+    throw wrong("the eighth field (host key)", "a line of known_hosts without the name, in base64", hostKey)
+  const list = (field: string | undefined) => (field ? field.split(",").filter((item) => item !== "") : [])
+  const host = {
+    ...hostConfig({
+      address,
+      systems: list(systems),
+      features: list(features),
+      speed: Number(speed) || 1,
+      "ssh-options": key ? ["-i", key] : [],
+    }),
+    mandatoryFeatures: list(mandatory),
+    hostKey: publicKey === "" ? undefined : publicKey,
+  }
+  return [address.replace(/^ssh(-ng)?:\/\//, "").replace(/\/$/, ""), host]
+}
+
+/** Two lines of a machines file for one host: what either offers. */
+function joinMachines(a: HostConfig, b: HostConfig): HostConfig {
+  const both = (one: readonly string[], other: readonly string[]) => [...new Set([...one, ...other])]
+  const anySystem = a.systems.length === 0 || b.systems.length === 0
+  return {
+    ...a,
+    systems: anySystem ? [] : both(a.systems, b.systems),
+    features: both(both(a.features, b.features), both(a.mandatoryFeatures, b.mandatoryFeatures)),
+    mandatoryFeatures: a.mandatoryFeatures.filter((feature) => b.mandatoryFeatures.includes(feature)),
+    speed: Math.max(a.speed, b.speed),
+    hostKey: a.hostKey ?? b.hostKey,
+  }
 }
 
 /**
@@ -749,7 +826,7 @@ function hostNamed(
       ...(address.port ? ["-p", address.port] : []),
       ...settings.sshOptions.map((option) => option.replace(/^~(?=\/)/, homeOf(env))),
       ...(settings.forwardAgent ? ["-A"] : []),
-      ...(known ? ["-o", `UserKnownHostsFile=${known}`, "-o", `HostKeyAlias=${alias}`] : []),
+      ...(known ? hostKeyOptions(known, alias) : []),
     ],
     knownHosts: known ? { file: known, line: `${alias} ${settings.hostKey!}\n` } : undefined,
     directory: (settings.directory ?? DEFAULT_DIRECTORY).replace(/^~\//, "").replace(/\/+$/, ""),
@@ -763,6 +840,28 @@ function hostNamed(
     mandatoryFeatures: settings.mandatoryFeatures,
     speed: settings.speed,
     tags: settings.tags,
+  }
+}
+
+/** Makes ssh take the one host key in a file, and no other. */
+function hostKeyOptions(file: string, alias: string): string[] {
+  const word = /\s/.test(file) ? `"${file}"` : file
+  const settings = [
+    `UserKnownHostsFile=${word.replaceAll("%", "%%")}`,
+    "GlobalKnownHostsFile=/dev/null",
+    `HostKeyAlias=${alias}`,
+    "StrictHostKeyChecking=yes",
+    "UpdateHostKeys=no",
+  ]
+  return settings.flatMap((setting) => ["-o", setting])
+}
+
+function isAddress(word: string): boolean {
+  try {
+    parseAddress(word)
+    return true
+  } catch {
+    return false
   }
 }
 
@@ -3346,12 +3445,26 @@ async function syncTree(context: Context, state: TreeState, outcome: Outcome): P
   const isQuiet = tree.kind === "git" && changes.every((change) => isStoreLink(change) && !sent(change.name))
   if (!isQuiet) {
     const staged = (gitChanges?.index.length ?? 0) > 0
-    const home = await bringHome(context, state, { changes, deletions: "honour", staged })
     token = randomName()
-    writeManifest(manifestFile(context, tree), { token, previous: manifest.token, ...home })
-    if (gitChanges && tree.comesHome === "all") await bringCommitsHome(context, tree, gitChanges)
+    await alone(context, tree, async () => {
+      const home = await bringHome(context, state, { changes, deletions: "honour", staged })
+      writeManifest(manifestFile(context, tree), { token, previous: manifest.token, ...home })
+      if (gitChanges && tree.comesHome === "all") await bringCommitsHome(context, tree, gitChanges)
+    })
   }
   context.session!.tell("agreed", tree.id, token)
+}
+
+/** Work on a local tree while no other run brings anything home to it: equal changes of two hosts are no conflict. */
+async function alone<T>(context: Context, tree: Tree, work: () => Promise<T>): Promise<T> {
+  const locks = await lockSoon(
+    path.join(stateDirectory(context.env), "locks", `home-${hash(tree.local).slice(0, 24)}`),
+  )
+  try {
+    return await work()
+  } finally {
+    for (const lock of locks) fs.closeSync(lock)
+  }
 }
 
 /** What came home and what did not, at the end of a run. */
@@ -3382,13 +3495,15 @@ async function recover(
   if (interrupted)
     note(context, `an earlier run on ${context.plan.host.name} was cut off; first its changes come home`)
   const comesHome = interrupted ? "all" : opened.state === "discarded" ? "nothing" : tree.comesHome
-  const home = await bringHome(
-    context,
-    { ...state, tree: { ...tree, comesHome } },
-    { changes: opened.changes, deletions: interrupted ? "honour" : "ignore", staged: true, earlier: true },
-  )
-  if (interrupted) await bringCommitsHome(context, tree, opened.git)
-  return home
+  return await alone(context, tree, async () => {
+    const home = await bringHome(
+      context,
+      { ...state, tree: { ...tree, comesHome } },
+      { changes: opened.changes, deletions: interrupted ? "honour" : "ignore", staged: true, earlier: true },
+    )
+    if (interrupted) await bringCommitsHome(context, tree, opened.git)
+    return home
+  })
 }
 
 /** `staged`: whether what is staged differs over there; the index file itself changes with every look at it. */
@@ -4678,6 +4793,7 @@ do_hello() {
   if find --version 2>/dev/null | grep -q GNU; then finder=gnu; elif ! stat -c %i / >/dev/null 2>&1; then finder=bsd; fi
   run=$2/run/$3
   mkdir -p "$base/meta" "$run" || { why="cannot write to $base"; return 1; }
+  echo "$$" >"$run/agent"
   expire "$2"
   say "f home $HOME"
   say "f base $base"
@@ -4896,7 +5012,7 @@ if [ -n "$run" ]; then
   true >"$run/gone"
   [ -z "$started" ] || stop_command
   (printf 'exit 254\n' >"$run/go") & sleep 1; kill "$!" "$reporter" 2>/dev/null
-  rm -f "$run/go" "$run/done" "$run/words" "$run/pid" "$run/alive"
+  rm -f "$run/go" "$run/done" "$run/words" "$run/pid" "$run/alive" "$run/agent"
 fi
 `
 
@@ -5061,6 +5177,7 @@ function answerReader(context: Context, from: { child: Child; queue: Queue }): (
   const { host, options } = context.plan
   let rest = ""
   let received = 0
+  let first: EdictError | undefined // what later requests fail for, too
   const take = (line: string) => {
     if (options.verbosity > 1) say(`< ${shown(line)}`)
     if (line.startsWith(".")) received = 0
@@ -5068,7 +5185,12 @@ function answerReader(context: Context, from: { child: Child; queue: Queue }): (
       const answered = queue.waiting.shift()
       answered?.resolve(answered.lines)
     } else if (line === ".fail unexpected") queue.waiting.shift()?.reject(new Unexpected(line))
-    else if (line.startsWith(".fail ")) queue.waiting.shift()?.reject(new EdictError(`${host.name}: ${shown(line.slice(6))}${because(child.errors())}`))
+    else if (line.startsWith(".fail ")) {
+      const error = new EdictError(`${host.name}: ${shown(line.slice(6))}${because(child.errors())}`)
+      const repeated = line === ".fail an earlier step failed"
+      if (!repeated) first ??= error
+      queue.waiting.shift()?.reject(repeated ? (first ?? error) : error)
+    }
     else queue.waiting[0]?.lines.push(line)
   }
   return (chunk) => {
@@ -5480,8 +5602,12 @@ function commandError(
  * at once. Ctrl-Z stops the command, too, and fg lets it go on.
  */
 function handleSignals(context: Context): { dispose: () => void } {
+  let first = 0
   const end = (signal: NodeJS.Signals) => () => {
     const isFirst = context.signal === undefined
+    // One of several hosts: Ctrl-C comes from the terminal, and once more from the process that runs them all.
+    if (!isFirst && context.env[PARENT] && performance.now() - first < 500) return
+    if (isFirst) first = performance.now()
     context.signal ??= signal
     if (context.running && isFirst) return context.session?.tell("signal", signal.slice(3))
     for (const child of context.children) child.kill("SIGTERM")
@@ -5554,11 +5680,17 @@ async function endContext(context: Context): Promise<void> {
   context.session?.close()
   if (plan.options.report) fs.writeFileSync(plan.options.report, `${JSON.stringify(report, null, 2)}\n`)
 }
-// ── 19. Many hosts: the same command on several, one after the other's heels ────────────────────────────
+// ── 19. Many hosts: the same command on several at once ─────────────────────────────────────────────────
 // Each host gets a process of its own, so that a dead or slow one stands in nobody's way. What they print is put
 // together line by line: here, and only here, the command's output passes through this program.
 
-type HostRun = Readonly<{ host: Host; code: number; seconds: number; results: readonly string[] }>
+export type HostRun = Readonly<{
+  host: Host
+  state: "ended" | "stopped" | "not run" // stopped: by --fail-fast
+  code: number
+  seconds: number
+  report: Partial<Report>
+}>
 
 /** Runs the command on all hosts at once (at most --jobs at a time); answers the highest exit code. */
 async function runOnMany(
@@ -5568,102 +5700,137 @@ async function runOnMany(
 ): Promise<number> {
   const { options } = invocation
   const reports = fs.mkdtempSync(path.join(os.tmpdir(), "edict-reports-"))
+  const removeReports = () => fs.rmSync(reports, { recursive: true, force: true })
+  process.on("exit", removeReports)
+  const queue = [...hosts]
   const children = new Set<Killable>()
-  const stop = (signal: NodeJS.Signals) => children.forEach((child) => child.kill(signal))
-  const watch = relaySignals(stop)
-  const queue = [...hosts.entries()]
+  const stopped = new Set<Killable>()
+  let signalled = 0
+  const stop = (signal: NodeJS.Signals) => {
+    queue.length = 0
+    for (const child of children) child.kill(signal)
+  }
+  const watch = relaySignals((signal) => {
+    signalled = signalCode(signal)
+    stop(signal)
+  })
+  const put = lineWriter(() => stop("SIGTERM"))
   const runs: HostRun[] = []
   const worker = async () => {
-    for (let next = queue.shift(); next; next = queue.shift()) {
-      const [at, host] = next
-      const run = await runOnOne(
-        { host, at, hosts, children, report: path.join(reports, String(at)) },
-        { options, argv },
-      )
+    for (let host = queue.shift(); host; host = queue.shift()) {
+      const report = path.join(reports, String(hosts.indexOf(host)))
+      const words = wordsForOne(argv, invocation, { host, report })
+      const run = await runOnOne({ host, words, report, hosts, children, stopped, put })
       runs.push(run)
-      if (run.code !== 0 && options.failFast) {
-        queue.length = 0
-        stop("SIGTERM")
-      }
+      if (run.state === "stopped" || run.code === 0 || !options.failFast) continue
+      for (const child of children) stopped.add(child)
+      stop("SIGTERM")
     }
   }
   try {
     await Promise.all(Array.from({ length: Math.min(options.jobs, hosts.length) }, worker))
   } finally {
     watch.dispose()
-    fs.rmSync(reports, { recursive: true, force: true })
+    removeReports()
+    process.off("exit", removeReports)
   }
   const all = hosts.map(
     (host): HostRun =>
-      runs.find((run) => run.host === host) ?? { host, code: EDICT_FAILED, seconds: 0, results: [] },
+      runs.find((run) => run.host === host) ?? { host, state: "not run", code: 0, seconds: 0, report: {} },
   )
-  if (options.verbosity >= 0) process.stderr.write(hostTable(all, (run) => runs.includes(run)))
-  if (options.report)
-    fs.writeFileSync(
-      options.report,
-      `${JSON.stringify(
-        all.map(({ host, code, seconds, results }) => ({
-          host: host.name,
-          exitCode: code,
-          seconds,
-          resultLinks: results,
-        })),
-        null,
-        2,
-      )}\n`,
-    )
-  return Math.max(...all.map(({ code }) => code))
+  if (options.verbosity >= 0) await put(process.stderr, Buffer.from(hostTable(all)))
+  if (options.report) fs.writeFileSync(options.report, `${JSON.stringify(all.map(runAsJson), null, 2)}\n`)
+  return Math.max(signalled, ...all.filter(({ state }) => state === "ended").map(({ code }) => code))
+}
+
+/** The report of one of several hosts: that of its own run, as far as there is one. */
+function runAsJson({ host, state, code, seconds, report }: HostRun): Record<string, unknown> {
+  return { ...report, host: host.name, state, exitCode: state === "not run" ? null : code, seconds }
+}
+
+/** The hosts without those that another one's name leads to, too: by ssh's own settings, with nobody contacted. */
+async function withoutTwins(hosts: readonly Host[]): Promise<Host[]> {
+  if (hosts.length < 2) return [...hosts]
+  const places = await Promise.all(hosts.map(placeOf))
+  return hosts.filter((_, at) => places.indexOf(places[at]!) === at)
+}
+
+/** Where ssh would go for a host: user, name and port, and the way there. */
+async function placeOf({ sshOptions, destination }: Host): Promise<string> {
+  const settings = lines(await capture(["ssh", "-G", ...sshOptions, "--", destination], "may-fail"))
+  const place = settings.filter((line) =>
+    /^(user|hostname|port|proxyjump|proxycommand|hostkeyalias) /.test(line),
+  )
+  return place.length > 0 ? place.sort().join("\n") : [destination, ...sshOptions].join(" ")
+}
+
+/** The words that make this program do one host's share. */
+function wordsForOne(
+  argv: readonly string[],
+  invocation: Invocation,
+  one: { host: Host; report: string },
+): string[] {
+  const { options, command } = invocation
+  const own = splitOptions(argv)[0]
+    .filter((word) => !/^--(jobs|report|link-suffix)=|^--(fail-fast|tty|no-tty)$/.test(word))
+    .flatMap((word) => (/^-[opiFJ]=/.test(word) ? [word.slice(0, 2), word.slice(3)] : [word]))
+  const suffix = `${options.linkSuffix}-${one.host.name.replace(/[^A-Za-z0-9._-]+/g, "-")}`
+  const more = ["--no-tty", `--report=${one.report}`, `--link-suffix=${suffix}`]
+  return [...own, ...more, "--", one.host.name, ...command]
 }
 
 type OnOne = Readonly<{
   host: Host
-  at: number
+  words: readonly string[]
+  report: string
   hosts: readonly Host[]
   children: Set<Killable>
-  report: string
+  stopped: ReadonlySet<Killable>
+  put: PutLines
 }>
 
 /** One host's share: this same program, with the host named alone. */
-async function runOnOne(one: OnOne, given: { options: Options; argv: readonly string[] }): Promise<HostRun> {
-  const { host, children, report } = one
+async function runOnOne(one: OnOne): Promise<HostRun> {
+  const { host, children, hosts, put } = one
   const began = performance.now()
-  const rest = given.argv.slice(given.argv.length - commandLength(given.argv))
-  const own = given.argv
-    .slice(0, given.argv.length - rest.length - 1)
-    .filter((word) => word !== "--fail-fast")
-  const suffix = `-${host.name.replace(/[^A-Za-z0-9._-]+/g, "-")}`
-  const words = [
-    ...withoutValues(own, ["--jobs", "--report", "--link-suffix"]),
-    "--no-tty",
-    "--report",
-    report,
-    "--link-suffix",
-    given.options.linkSuffix + suffix,
-    host.name,
-    ...rest,
-  ]
-  const child = Bun.spawn([...selfCommand(), ...words], {
+  const child = Bun.spawn([...selfCommand(), ...one.words], {
     stdin: "ignore",
     stdout: "pipe",
     stderr: "pipe",
-    env: process.env,
+    env: { ...process.env, [PARENT]: String(process.pid) },
   })
   const handle: Killable = { kill: (signal) => child.kill(signal) }
   children.add(handle)
-  const label = hostLabel(one)
-  await Promise.all([
-    labelLines(child.stdout, process.stdout, label),
-    labelLines(child.stderr, process.stderr, label),
+  const output = Promise.all([
+    labelLines(child.stdout, process.stdout, { label: hostLabel(host, hosts, isTerminal(1)), put }),
+    labelLines(child.stderr, process.stderr, { label: hostLabel(host, hosts, isTerminal(2)), put }),
   ])
   const code = await child.exited
   children.delete(handle)
-  const links = (JSON.parse(readText(report) ?? "{}") as Partial<Report>).resultLinks ?? []
+  await Promise.race([output, delay(3000)]) // a process that it left behind may hold the streams
+  const exitCode = child.signalCode ? signalCode(child.signalCode as NodeJS.Signals) : code
   return {
     host,
-    code: child.signalCode ? 128 + os.constants.signals[child.signalCode as NodeJS.Signals] : code,
+    state: one.stopped.has(handle) && exitCode === signalCode("SIGTERM") ? "stopped" : "ended",
+    code: exitCode,
     seconds: (performance.now() - began) / 1000,
-    results: links.map(({ link }) => path.relative(process.cwd(), link)),
+    report: JSON.parse(readText(one.report) || "{}") as Partial<Report>,
   }
+}
+
+/** Names the process that runs several hosts to those that do one host's share: they end when it does. */
+const PARENT = "EDICT_PARENT"
+
+/** Ends this process, as SIGTERM does, when the one that started it for one of several hosts is gone. */
+function followParent(env: Env): void {
+  const parent = env[PARENT]
+  if (parent === undefined || parent !== String(process.ppid)) return
+  const timer = setInterval(() => {
+    if (String(process.ppid) === parent) return
+    clearInterval(timer)
+    process.kill(process.pid, "SIGTERM")
+  }, 500)
+  timer.unref()
 }
 
 /** How this program was started: the binary, or Bun and the script, with Bun's own options of the first line. */
@@ -5672,70 +5839,103 @@ function selfCommand(): string[] {
   return isCompiled ? [process.execPath] : [process.execPath, "--no-env-file", "--config=/dev/null", Bun.main]
 }
 
-/** How many words stand behind the host: edict's own options end with it. */
-function commandLength(argv: readonly string[]): number {
-  return splitOptions(argv)[1].length - 1
-}
-
-/** Words without some options and their values. */
-function withoutValues(words: readonly string[], names: readonly string[]): string[] {
-  return words.filter(
-    (word, at) =>
-      !names.includes(word) &&
-      !names.includes(words[at - 1] ?? "") &&
-      !names.some((name) => word.startsWith(`${name}=`)),
-  )
-}
-
 const LABEL_COLOURS = [36, 33, 35, 32, 34, 96, 93, 95, 92, 94]
 
-/** "name │ ", padded to the longest name; in a colour of its own on a terminal. */
-function hostLabel({ host, at, hosts }: Pick<OnOne, "host" | "at" | "hosts">): string {
-  const width = Math.max(...hosts.map(({ name }) => name.length))
-  const name = shown(host.name).padEnd(width)
-  return isTerminal(2) && wantsColour()
-    ? `\x1b[${LABEL_COLOURS[at % LABEL_COLOURS.length]}m${name} │\x1b[0m `
-    : `${name} │ `
+/** "name │ ", padded to the longest name; on a terminal in a colour that the host has in every run. */
+export function hostLabel(
+  host: Pick<Host, "name">,
+  hosts: readonly Pick<Host, "name">[],
+  onTerminal: boolean,
+): string {
+  const name = shown(host.name).padEnd(Math.max(...hosts.map((other) => shown(other.name).length)))
+  if (!onTerminal || !wantsColour()) return `${name} │ `
+  return `\x1b[${coloursOf(hosts.map((other) => other.name)).get(host.name)}m${name} │\x1b[0m `
 }
 
-/** Copies a stream line by line with a label before each; lines of several streams never mix. */
+/** Colours by name; where two names of a run come to the same one, the next that is free. */
+function coloursOf(names: readonly string[]): Map<string, number> {
+  const colours = new Map<string, number>()
+  for (const name of names.toSorted()) {
+    const first = Number.parseInt(hash(name).slice(0, 8), 16)
+    const wheel = LABEL_COLOURS.map((_, at) => LABEL_COLOURS[(first + at) % LABEL_COLOURS.length]!)
+    colours.set(name, wheel.find((colour) => ![...colours.values()].includes(colour)) ?? wheel[0]!)
+  }
+  return colours
+}
+
+type PutLines = (to: NodeJS.WriteStream, whole: Buffer) => Promise<void>
+
+/**
+ * Writes whole lines, one after the other: two hosts, or the two streams of one terminal, never mix within a line.
+ * Nobody reads faster than what is written goes away. `onBroken` hears that nobody listens any more.
+ */
+function lineWriter(onBroken: () => void): PutLines {
+  let last = Promise.resolve()
+  let finish = () => {}
+  const broken = new Set<NodeJS.WriteStream>()
+  for (const stream of [process.stdout, process.stderr])
+    stream.on("error", () => {
+      if (!broken.has(stream)) onBroken()
+      broken.add(stream)
+      finish()
+    })
+  const write = (to: NodeJS.WriteStream, whole: Buffer) =>
+    new Promise<void>((resolve) => {
+      finish = resolve
+      if (broken.has(to)) resolve()
+      else to.write(whole, () => resolve())
+    })
+  return (to, whole) => (last = last.then(() => write(to, whole)))
+}
+
+/** Copies a stream with a label before each line. */
 async function labelLines(
   from: ReadableStream<Uint8Array>,
   to: NodeJS.WriteStream,
-  label: string,
+  how: { label: string; put: PutLines },
 ): Promise<void> {
-  let rest = Buffer.alloc(0)
-  const put = (line: Buffer) => to.write(Buffer.concat([Buffer.from(label), line]))
+  const label = Buffer.from(how.label)
+  let rest: Uint8Array[] = []
+  const put = (whole: Buffer) => how.put(to, labelled(whole, label))
   for await (const chunk of from) {
-    rest = Buffer.concat([rest, chunk])
-    for (let end = rest.indexOf(10); end >= 0; end = rest.indexOf(10)) {
-      put(rest.subarray(0, end + 1))
-      rest = rest.subarray(end + 1)
-    }
+    const end = chunk.lastIndexOf(10) + 1
+    if (end > 0) await put(Buffer.concat([...rest, chunk.subarray(0, end)]))
+    if (end > 0) rest = []
+    if (end < chunk.length) rest.push(chunk.slice(end))
   }
-  if (rest.length > 0) put(Buffer.concat([rest, Buffer.from("\n")]))
+  if (rest.length > 0) await put(Buffer.concat([...rest, Buffer.from("\n")]))
+}
+
+/** Whole lines, each with the label before it. */
+function labelled(whole: Buffer, label: Buffer): Buffer {
+  const pieces: Buffer[] = []
+  for (let at = 0; at < whole.length;) {
+    const end = whole.indexOf(10, at) + 1
+    pieces.push(label, whole.subarray(at, end))
+    at = end
+  }
+  return Buffer.concat(pieces)
 }
 
 /** The table at the end: host, exit code, time, result links. */
-export function hostTable(runs: readonly HostRun[], hasRun: (run: HostRun) => boolean): string {
-  const rows = runs.map((run) =>
-    hasRun(run)
-      ? [
-          shown(run.host.name),
-          String(run.code),
-          `${run.seconds.toFixed(1)} s`,
-          run.results.map(shown).join(" "),
-        ]
-      : [shown(run.host.name), "-", "not run", ""],
-  )
+export function hostTable(runs: readonly HostRun[]): string {
+  const rows = runs.map(({ host, state, code, seconds, report }) => {
+    if (state === "not run") return [shown(host.name), "-", "not run"]
+    const links = (report.resultLinks ?? []).map(({ link }) => shown(path.relative(process.cwd(), link)))
+    const exit = state === "stopped" ? "stopped" : String(code)
+    return [shown(host.name), exit, `${seconds.toFixed(1)} s`, links.join(" ")]
+  })
   return alignRows([["host", "exit", "time", "results"], ...rows])
     .map((line) => `edict: ${line}\n`)
     .join("")
 }
 
-/** Rows of a table as lines, columns padded. */
+/** Rows of a table as lines, columns padded; the last cell of a row that is shorter than the first may be longer. */
 function alignRows(rows: readonly (readonly string[])[]): string[] {
-  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((row) => row[column]!.length)))
+  const count = rows[0]!.length
+  const widths = rows[0]!.map((_, column) =>
+    Math.max(...rows.map((row) => (row.length === count || column < row.length - 1 ? row[column]!.length : 0))),
+  )
   return rows.map((row) =>
     row
       .map((cell, column) => cell.padEnd(widths[column]!))
@@ -5744,13 +5944,13 @@ function alignRows(rows: readonly (readonly string[])[]): string[] {
   )
 }
 
-/** Hands signals on to every child; the second one ends this program. */
+/** Hands signals on; the second one ends this program. */
 function relaySignals(stop: (signal: NodeJS.Signals) => void): { dispose: () => void } {
   let count = 0
   const handlers = (["SIGINT", "SIGTERM", "SIGHUP"] as const).map((signal) => {
     const handler = () => {
       stop(signal)
-      if (++count > 1) process.exit(128 + os.constants.signals[signal])
+      if (++count > 1) process.exit(signalCode(signal))
     }
     process.on(signal, handler)
     return { signal, handler }
@@ -5760,35 +5960,49 @@ function relaySignals(stop: (signal: NodeJS.Signals) => void): { dispose: () => 
 
 // ── 20. Probe: what a host is like, for --pick, --hosts and --doctor ────────────────────────────────────
 
-/** Answers lines `KEY VALUE`. Settings of Nix come from `config show` (2.20) or `show-config`. */
+/**
+ * Answers lines `f KEY VALUE`, after a line that the other side answers, for the way there and back. The second line
+ * of its input says how much is asked: pick, hosts or doctor. Settings of Nix come from `config show` (2.20) or
+ * `show-config`.
+ */
 export const PROBE_SCRIPT = sh`
 ${REMOTE_PATH}
 IFS= read -r base
+IFS= read -r depth
 case $base in /*) ;; *) base=$HOME/$base ;; esac
 fact() { printf 'f %s %s\n' "$1" "$2"; }
-fact home "$HOME"
-fact user "$(id -un)"
-fact shell "$\{SHELL:-}"
-fact kernel "$(uname -sm)"
+echo
 fact time "$(date +%s)"
-for tool in rsync git tar zstd find stat awk tr xargs sed paste mkfifo cmp readlink; do fact "tool.$tool" "$(command -v "$tool")"; done
-fact rsync "$(rsync --version 2>/dev/null | head -n 1)"
-fact git "$(git --version 2>/dev/null)"
+fact ping yes
+IFS= read -r _
+fact pong yes
 fact nix.path "$(command -v nix)"
 fact nix "$(nix --version 2>/dev/null)"
-nix_command() { nix --extra-experimental-features nix-command "$@" 2>/dev/null; }
-{ nix_command config show || nix_command show-config; } |
-  sed -n 's/^\(system\|extra-platforms\|system-features\|sandbox\|substituters\|experimental-features\|trusted-users\) = /f set.\1 /p'
-fact store "$(nix_command store info --json || nix_command store ping --json)"
+command='--extra-experimental-features nix-command'
+{ nix $command config show 2>/dev/null || nix $command show-config 2>/dev/null; } |
+  sed -n -E 's/^(system|extra-platforms|system-features|sandbox|substituters|experimental-features|trusted-users|secret-key-files) = /f set.\1 /p'
 fact load "$(cut -d' ' -f1 /proc/loadavg 2>/dev/null || uptime | sed 's/.*load average[s]*: *\([0-9.,]*\).*/\1/')"
 fact cpus "$(getconf _NPROCESSORS_ONLN 2>/dev/null)"
-fact agent "$\{SSH_AUTH_SOCK:-}"
-free() { [ -d "$1" ] && df -Pk "$1" 2>/dev/null | awk 'END { print $4 }'; }
-fact free.store "$(free /nix/store || free /)"
-mkdir -p "$base" 2>/dev/null
+[ "$depth" != pick ] || { fact end yes; exit; }
+existing() { d=$1; while [ -n "$d" ] && [ ! -e "$d" ]; do d=$\{d%/*}; done; printf '%s\n' "$\{d:-/}"; }
+free() { df -Pk "$(existing "$1")" 2>/dev/null | awk 'END { print $4 }'; }
+fact free.store "$(free /nix/store)"
 fact free.trees "$(free "$base")"
-fact used "$(du -sk "$base" 2>/dev/null | cut -f1)"
+if [ "$depth" = doctor ]; then
+  fact user "$(id -un)"
+  fact groups "$(id -Gn)"
+  fact shell "$\{SHELL:-}"
+  fact kernel "$(uname -sm)"
+  for tool in find stat awk tr xargs tar sed paste mkfifo cmp readlink ps; do
+    if command -v "$tool" >/dev/null; then fact "tool.$tool" yes; fi
+  done
+  fact rsync "$(rsync --version 2>/dev/null | head -n 1)"
+  fact git "$(git --version 2>/dev/null)"
+  fact store "$(nix $command store info --json 2>/dev/null || nix $command store ping --json 2>/dev/null)"
+  if [ -w "$(existing "$base")" ]; then fact writable yes; fi
+fi
 fact end yes
+fact used "$(du -sk "$base" 2>/dev/null | cut -f1)"
 `
 
 type Facts = ReadonlyMap<string, string>
@@ -5799,76 +6013,149 @@ export type Probe = Readonly<{
   facts: Facts
   error?: string
   multiplexed: boolean
-  latency: number
-  seconds: number
+  latency: number // milliseconds there and back
+  skew: number // seconds that its clock is ahead
 }>
 
+type Depth = "pick" | "hosts" | "doctor"
+
+/** Seconds within which a host must answer, where ssh's configuration does not say. */
 const PROBE_SECONDS = 5
 
-/** Asks a host what it is like; a host that does not answer in time is no error here. */
-async function probeHost(host: Host, env: Env): Promise<Probe> {
-  const began = performance.now()
-  const control = controlPath({ host }, env)
-  const context = { plan: { host }, control, noisy: false }
-  const none: Omit<Probe, "error"> = { host, facts: new Map(), multiplexed: false, latency: 0, seconds: 0 }
-  const base = `${encodeScript(PROBE_SCRIPT)}\n${host.directory}\n`
+/**
+ * Asks a host what it is like. One that does not answer within the connect timeout is no error here; nor does one
+ * that then answers slowly hold up the others for longer than that again. `mayAsk`: for a password.
+ */
+async function probeHost(host: Host, env: Env, how: { depth: Depth; mayAsk?: boolean }): Promise<Probe> {
+  const settings = await capture(["ssh", "-G", ...host.sshOptions, "--", host.destination], "may-fail")
+  const seconds = Number(/^connecttimeout (\d+)$/m.exec(settings)?.[1]) || PROBE_SECONDS
+  const limit = ["-o", `ConnectTimeout=${seconds}`, ...(how.mayAsk ? [] : ["-o", "BatchMode=yes"])]
   saveHostKey(host)
-  const limit = ["-o", `ConnectTimeout=${PROBE_SECONDS}`, "-o", "BatchMode=yes"]
-  const master = control !== "" && (await openProbeMaster(host, control, limit))
-  const ssh = master
-    ? sshArguments(context)
-    : ["ssh", ...limit, "-o", "RequestTTY=no", ...host.sshOptions, "-T", "--", host.destination]
-  const answer = await collect([...ssh, BOOT_LINE], {
-    what: "probe",
-    input: Buffer.from(base),
+  const began = performance.now()
+  const patience = (how.mayAsk ? 60 : seconds) * 1000
+  const { control, errors } = await openProbeMaster(host, env, { limit, patience })
+  const asked = control === "" ? undefined : await askHost(host, { control, limit, seconds, depth: how.depth })
+  if (asked && asked.facts.has("pong")) return asked
+  const left = began + patience - performance.now()
+  if (control !== "" || /timed out|refused|No route|unreachable|resolve|denied|verification/.test(errors) || left < 100)
+    return silent(host, asked?.error ?? (errors === "" ? `no answer within ${seconds} s` : sshError(host, errors).message))
+  return await askHost(host, { control: "", limit, seconds: left / 1000, depth: how.depth })
+}
+
+const silent = (host: Host, error: string): Probe => ({
+  host,
+  facts: new Map(),
+  error,
+  multiplexed: false,
+  latency: 0,
+  skew: 0,
+})
+
+/** Runs the probe's script on a host and reads what it says. */
+async function askHost(
+  host: Host,
+  how: { control: string; limit: readonly string[]; seconds: number; depth: Depth },
+): Promise<Probe> {
+  const reach = { plan: { host }, control: how.control, noisy: false }
+  const [program, ...words] = sshArguments(reach)
+  const child = Bun.spawn([program!, ...how.limit, ...words, BOOT_LINE], {
     stdin: "pipe",
+    stdout: "pipe",
+    stderr: "pipe",
+    env: cleanEnvironment(),
   })
-  const facts = new Map(
-    lines(text(answer.stdout)).flatMap((line) =>
-      /^f (\S+) ?(.*)$/.exec(line) ? [[RegExp.$1, RegExp.$2] as const] : [],
-    ),
-  )
-  if (!facts.has("end"))
-    return {
-      ...none,
-      error:
-        answer.code === 255
-          ? sshError(host, answer.stderr).message
-          : `no answer (exit ${answer.code})${because(answer.stderr)}`,
+  const write = (text: string) => {
+    child.stdin.write(text)
+    child.stdin.flush()
+  }
+  const facts = new Map<string, string>()
+  const errors = child.stderr.text()
+  let [pinged, latency, skew] = [0, 0, 0]
+  let multiplexed = Promise.resolve(how.control !== "")
+  let timer = setTimeout(() => child.kill("SIGKILL"), how.seconds * 1000)
+  write(`${encodeScript(PROBE_SCRIPT)}\n${host.directory}\n${how.depth}\n`)
+  await eachLine(child.stdout, (line) => {
+    const [, key, value] = /^f (\S+) ?(.*)$/.exec(line) ?? []
+    if (key === undefined) return
+    facts.set(key, value!)
+    if (key === "time") skew = Number(value) + 0.5 - Date.now() / 1000
+    if (key === "ping") {
+      pinged = performance.now()
+      write("\n")
     }
-  const asked = performance.now()
-  if (master) await collect([...ssh, "exec true"], { what: "latency", stdin: "ignore" })
-  return {
-    host,
-    facts,
-    multiplexed: master,
-    latency: master ? (performance.now() - asked) / 2.2 : 0,
-    seconds: (performance.now() - began) / 1000,
+    if (key !== "pong") return
+    latency = performance.now() - pinged
+    clearTimeout(timer)
+    timer = setTimeout(() => child.kill("SIGKILL"), how.seconds * 1000)
+    // A second session while this one is open: a server that refuses it makes ssh connect anew.
+    if (how.depth === "doctor" && how.control !== "") multiplexed = takesSessions(reach)
+  }).catch(() => undefined)
+  const code = await child.exited
+  clearTimeout(timer)
+  const said = await Promise.race([errors, delay(500).then(() => "")])
+  if (!facts.has("pong"))
+    return silent(
+      host,
+      child.signalCode === "SIGKILL"
+        ? `no answer within ${Math.round(how.seconds)} s`
+        : code === 255
+          ? sshError(host, said).message
+          : `no answer (exit ${code})${because(said)}`,
+    )
+  return { host, facts, multiplexed: await multiplexed, latency, skew }
+}
+
+/** Whether a host takes a further session in a connection that has one. */
+async function takesSessions(reach: Reach): Promise<boolean> {
+  const { stderr } = await collect([...sshArguments(reach), "exec true"], { what: "session", stdin: "ignore" })
+  return !/refused|disabling multiplexing|open failed/i.test(stderr)
+}
+
+/** Calls for each line of a stream as it comes. */
+async function eachLine(from: ReadableStream<Uint8Array>, take: (line: string) => void): Promise<void> {
+  const decoder = new TextDecoder()
+  let rest = ""
+  for await (const chunk of from) {
+    const parts = (rest + decoder.decode(chunk, { stream: true })).split("\n")
+    rest = parts.pop()!
+    parts.forEach(take)
   }
 }
 
-/** The shared connection, opened without asking anything. */
-async function openProbeMaster(host: Host, control: string, limit: readonly string[]): Promise<boolean> {
+/** The shared connection, found open or opened now, if it can be had in time; "" and what ssh said if not. */
+async function openProbeMaster(
+  host: Host,
+  env: Env,
+  how: { limit: readonly string[]; patience: number },
+): Promise<{ control: string; errors: string }> {
+  const control = controlPath({ host }, env)
+  if (control === "") return { control: "", errors: "" }
   const to = [...host.sshOptions, "-o", `ControlPath=${control}`]
-  if (fs.existsSync(control) && (await succeeds(["ssh", ...to, "-O", "check", "--", host.destination])))
-    return true
-  const argv = [
-    "ssh",
-    ...limit,
-    "-o",
-    "ControlMaster=yes",
-    "-o",
-    "ControlPersist=60",
-    "-o",
-    "RequestTTY=no",
-    ...to,
-    "-T",
-    "-f",
-    "-N",
-    "--",
-    host.destination,
-  ]
-  return (await succeeds(argv)) && fs.existsSync(control)
+  const isOpen = async () =>
+    fs.existsSync(control) && (await succeeds(["ssh", ...to, "-O", "check", "--", host.destination]))
+  if (await isOpen()) return { control, errors: "" }
+  const locks = lockAll([`${control}.lock`]) // another run is opening it: this one need not share
+  if (locks === undefined) return { control: "", errors: "" }
+  try {
+    if (await isOpen()) return { control, errors: "" }
+    fs.rmSync(control, { force: true })
+    const persistent = ["-o", "ControlMaster=yes", "-o", "ControlPersist=60", "-o", "RequestTTY=no"]
+    const words = [...how.limit, ...(await livelinessOptions(host)), ...persistent, ...to]
+    const child = Bun.spawn(["ssh", ...words, "-T", "-f", "-N", "--", host.destination], {
+      stdin: "ignore",
+      stdout: "ignore",
+      stderr: "pipe",
+      env: cleanEnvironment(),
+    })
+    const timer = setTimeout(() => child.kill("SIGKILL"), how.patience)
+    const errors = child.stderr.text() // the master holds it open as long as it lives
+    const code = await child.exited
+    clearTimeout(timer)
+    if (code === 0 && fs.existsSync(control)) return { control, errors: "" }
+    return { control: "", errors: await Promise.race([errors, delay(500).then(() => "")]) }
+  } finally {
+    for (const lock of locks) fs.closeSync(lock)
+  }
 }
 
 /** Systems that a host builds for: the config's word, else Nix's own settings there. */
@@ -5879,12 +6166,24 @@ function systemsOf({ host, facts }: Probe): string[] {
   )
 }
 
+/** System features of a host: the config's word, with the mandatory ones, else Nix's own settings there. */
+function featuresOf({ host, facts }: Probe): string[] {
+  const named = [...new Set([...host.features, ...host.mandatoryFeatures])]
+  return named.length > 0 ? named : (facts.get("set.system-features") ?? "").split(" ").filter((name) => name !== "")
+}
+
 // ── 21. Pick: one host out of several ───────────────────────────────────────────────────────────────────
 
 /** The system of this machine, as Nix names it. */
 export function systemHere(): string {
   const machine = { x64: "x86_64", arm64: "aarch64", ia32: "i686" }[process.arch as string] ?? process.arch
   return `${machine}-${process.platform}`
+}
+
+/** The same as Nix's own settings here have it. */
+async function ownSystem(env: Env): Promise<string> {
+  const system = hasProgram("nix", env) ? (await settingsHere(env)).system : undefined
+  return typeof system === "string" && system !== "" ? system : systemHere()
 }
 
 /** The best host for a command. Throws EdictError that says of each host why it does not fit. */
@@ -5895,20 +6194,22 @@ async function pickHost(
 ): Promise<Host> {
   const { options, command } = invocation
   const [program, ...words] = command
-  const system = options.system ?? scan(program!, words, linkText).system ?? systemHere()
-  const probes = await Promise.all(hosts.map((host) => probeHost(host, here.env)))
+  const named = options.system ?? scan(program!, words, linkText).system
+  const [probes, system] = await Promise.all([
+    Promise.all(hosts.map((host) => probeHost(host, here.env, { depth: "pick" }))),
+    named ?? ownSystem(here.env),
+  ])
   for (const { host, error } of probes)
     if (error !== undefined && options.verbosity >= 0) say(`${shown(host.name)} is passed over: ${error}`)
-  const ranked = rankHosts(probes, { system, last: lastHost(here) })
+  const ranked = rankHosts(probes, { system, features: options.features, last: lastHost(here) })
   if (options.verbosity > 0)
     for (const { host, why, load } of ranked)
-      say(
-        `pick: ${shown(host.name)} ${why ?? `fits ${system}, load ${load.toFixed(2)} at speed ${host.speed}`}`,
-      )
+      say(`pick: ${shown(host.name)} ${why ?? `fits ${system}, load ${load.toFixed(2)} at speed ${host.speed}`}`)
   const best = ranked.find(({ why }) => why === undefined)
   if (best) return best.host
+  const need = [system, ...options.features].map(shown).join(" with ")
   throw new EdictError(
-    `no host fits ${system}: ${ranked.map(({ host, why }) => `${shown(host.name)} ${why}`).join("; ")}`,
+    `no host fits ${need}: ${ranked.map(({ host, why }) => `${shown(host.name)} ${why}`).join("; ")}`,
     "edict --hosts   # or name a host without --pick",
   )
 }
@@ -5916,33 +6217,44 @@ async function pickHost(
 export type Ranked = Readonly<{ host: Host; why?: string; load: number }>
 
 /**
- * Hosts, the best first, as Nix ranks its machines (build-remote.cc): system and mandatory features must fit, then
- * the lowest load by speed; of equals the one that was used last for this tree, whose store is warm, then the faster.
+ * Hosts, the best first, as Nix ranks its machines (build-remote.cc): system, features and mandatory features must
+ * fit, then the lowest load by speed; of equals the one that was used last for this tree, whose store is warm, then
+ * the faster. A load is that of one processor, in halves: less is chance, and worth no cold store.
  */
 export function rankHosts(
   probes: readonly Probe[],
-  need: { system: string; last: string | undefined },
+  need: { system: string; features: readonly string[]; last: string | undefined },
 ): Ranked[] {
-  const ranked = probes.map((probe): Ranked => {
-    const { host, facts, error } = probe
-    const cpus = Number(facts.get("cpus")) || 1
-    const load =
-      Math.round((10 * (Number(facts.get("load")?.replace(",", ".")) || 0)) / cpus) / 10 / host.speed
-    const systems = systemsOf(probe)
-    if (error !== undefined) return { host, load, why: "does not answer" }
-    if ((facts.get("nix") ?? "") === "") return { host, load, why: "has no Nix" }
-    if (!systems.includes(need.system))
-      return { host, load, why: `is for ${systems.join(", ") || "no system"}` }
-    if (host.mandatoryFeatures.length > 0)
-      return { host, load, why: `takes only what needs ${host.mandatoryFeatures.join(", ")}` }
-    return { host, load }
-  })
   const order = (a: Ranked, b: Ranked) =>
     Number(a.why !== undefined) - Number(b.why !== undefined) ||
     a.load - b.load ||
     Number(b.host.name === need.last) - Number(a.host.name === need.last) ||
     b.host.speed - a.host.speed
-  return ranked.sort(order)
+  return probes
+    .map((probe): Ranked => {
+      const { host, facts } = probe
+      const load = (Number(facts.get("load")?.replace(",", ".")) || 0) / (Number(facts.get("cpus")) || 1)
+      return { host, load: Math.round(2 * load) / 2 / host.speed, why: whyNot(probe, need) }
+    })
+    .sort(order)
+}
+
+/** Why a host cannot be picked; undefined if it can. */
+function whyNot(
+  probe: Probe,
+  need: { system: string; features: readonly string[] },
+): string | undefined {
+  const { host, facts, error } = probe
+  if (error !== undefined) return "does not answer"
+  if ((facts.get("nix") ?? "") === "") return facts.has("end") ? "has no Nix" : "answers too slowly"
+  const systems = systemsOf(probe)
+  if (!systems.includes(need.system)) return `is for ${systems.map(shown).join(", ") || "no system"}`
+  const features = featuresOf(probe)
+  const lacking = need.features.filter((feature) => !features.includes(feature))
+  if (lacking.length > 0) return `lacks ${lacking.map(shown).join(", ")}`
+  const mandatory = host.mandatoryFeatures.filter((feature) => !need.features.includes(feature))
+  if (mandatory.length > 0) return `takes only what needs ${mandatory.map(shown).join(", ")}`
+  return undefined
 }
 
 const lastHostFile = (here: { cwd: string; env: Env }): string =>
@@ -5961,6 +6273,8 @@ function rememberHost(plan: Plan, env: Env): void {
 
 const gibi = (kibibytes: string | undefined): string =>
   kibibytes ? `${(Number(kibibytes) / 2 ** 20).toFixed(1)} GiB` : "?"
+const mebi = (kibibytes: string | undefined): string =>
+  kibibytes ? `${(Number(kibibytes) / 2 ** 10).toFixed(1)} MiB` : "?"
 
 /** `--hosts`: what the config says of each host, and what it says itself. */
 async function listHosts(config: Config, options: Options, env: Env): Promise<number> {
@@ -5971,52 +6285,56 @@ async function listHosts(config: Config, options: Options, env: Env): Promise<nu
       `no hosts in ${config.file}`,
       '[hosts.NAME] with address = "ssh://user@host"; any host can be used without a config, too',
     )
-  const probes = await Promise.all(hosts.map((host) => probeHost(host, env)))
-  if (options.json) return print(`${JSON.stringify(probes.map(probeAsJson), null, 2)}\n`)
+  const probes = await Promise.all(hosts.map((host) => probeHost(host, env, { depth: "hosts" })))
+  const addressOf = ({ host }: Probe) => config.hosts[host.name]?.address ?? host.name
+  if (options.json)
+    return print(`${JSON.stringify(probes.map((probe) => probeAsJson(probe, addressOf(probe))), null, 2)}\n`)
   const rows = probes.map((probe) => {
     const { host, facts, error, latency } = probe
+    const list = (words: readonly string[]) => words.join(",") || "-"
     const own = [
       host.name,
-      host.destination,
-      systemsOf(probe).join(","),
-      host.features.join(","),
+      addressOf(probe),
+      list(systemsOf(probe)),
+      list(featuresOf(probe)),
       String(host.speed),
-      host.tags.join(","),
+      list(host.tags),
     ]
     const live =
       error === undefined
         ? [
             "yes",
-            `${Math.round(latency)} ms`,
-            (facts.get("nix") ?? "none").replace(/^nix \(.*\) /, ""),
+            `${Math.max(1, Math.round(latency))} ms`,
+            (facts.get("nix") || "none").replace(/^nix \(.*\) /, ""),
             gibi(facts.get("free.store")),
-            facts.get("load") ?? "?",
-            gibi(facts.get("used")),
+            facts.get("load") || "?",
+            mebi(facts.get("used") || (facts.has("end") ? "0" : undefined)),
           ]
-        : [error, "", "", "", "", ""]
+        : [`no: ${error}`]
     return [...own, ...live].map(shown)
   })
-  return print(
-    `${alignRows([["name", "address", "systems", "features", "speed", "tags", "reachable", "latency", "nix", "free", "load", "trees"], ...rows]).join("\n")}\n`,
-  )
+  const head =
+    "name address systems features speed tags reachable latency nix free load trees".split(" ")
+  return print(`${alignRows([head, ...rows]).join("\n")}\n`)
 }
 
-function probeAsJson(probe: Probe): Record<string, unknown> {
+function probeAsJson(probe: Probe, address: string): Record<string, unknown> {
   const { host, facts, error, latency } = probe
-  const number = (key: string) => (facts.get(key) ? Number(facts.get(key)) : null)
+  const number = (key: string) => (facts.get(key) ? Number(facts.get(key)!.replace(",", ".")) : null)
   return {
     name: host.name,
-    address: host.destination,
+    address,
     systems: systemsOf(probe),
-    features: host.features,
+    features: featuresOf(probe),
+    mandatoryFeatures: host.mandatoryFeatures,
     speed: host.speed,
     tags: host.tags,
     reachable: error === undefined,
     why: error ?? null,
-    latencyMilliseconds: error === undefined ? latency : null,
-    nix: facts.get("nix") ?? null,
+    latencyMilliseconds: error === undefined ? Math.round(latency * 10) / 10 : null,
+    nix: facts.get("nix") || null,
     freeKibibytes: number("free.store"),
-    usedKibibytes: number("used"),
+    usedKibibytes: number("used") ?? (facts.has("end") ? 0 : null),
     load: number("load"),
   }
 }
@@ -6025,27 +6343,25 @@ export type Finding = Readonly<{ level: "ok" | "warning" | "problem"; what: stri
 
 /** `--doctor`: each thing that matters between here and a host, and how to mend it. 0 only if a build would work. */
 async function examine(hosts: readonly Host[], options: Options, env: Env): Promise<number> {
-  const here = await examineHere(env)
-  const there = await Promise.all(
-    hosts.map(async (host) => ({ host, findings: await examineHost(await probeHost(host, env), env) })),
-  )
-  const all = [...here, ...there.flatMap(({ findings }) => findings)]
-  const code = all.some(({ level }) => level === "problem") ? EDICT_FAILED : 0
+  const mayAsk = hosts.length === 1
+  const [{ findings: here, store }, probes] = await Promise.all([
+    examineHere(env),
+    Promise.all(hosts.map((host) => probeHost(host, env, { depth: "doctor", mayAsk }))),
+  ])
+  const works = (findings: readonly Finding[]) => findings.every(({ level }) => level !== "problem")
+  const there = probes.map((probe) => {
+    const findings = examineHost(probe, env, store)
+    return { host: probe.host.name, works: works(here) && works(findings), findings }
+  })
+  const code = there.every((host) => host.works) ? 0 : EDICT_FAILED
   if (options.json) {
-    print(
-      `${JSON.stringify({ here, hosts: there.map(({ host, findings }) => ({ host: host.name, findings })), works: code === 0 }, null, 2)}\n`,
-    )
+    print(`${JSON.stringify({ works: code === 0, here, hosts: there }, null, 2)}\n`)
     return code
   }
   const line = ({ level, what, mend }: Finding) =>
-    `  ${level.padEnd(8)} ${shown(what)}${mend ? `\n           ${mend}` : ""}\n`
-  print(
-    [
-      `here\n`,
-      ...here.map(line),
-      ...there.flatMap(({ host, findings }) => [`${shown(host.name)}\n`, ...findings.map(line)]),
-    ].join(""),
-  )
+    `  ${level.padEnd(8)} ${shown(what)}${mend ? `\n           ${shown(mend)}` : ""}\n`
+  print(`here\n${here.map(line).join("")}`)
+  for (const { host, findings } of there) print(`${shown(host)}\n${findings.map(line).join("")}`)
   return code
 }
 
@@ -6053,8 +6369,11 @@ const ok = (what: string): Finding => ({ level: "ok", what })
 const warning = (what: string, mend?: string): Finding => ({ level: "warning", what, mend })
 const problem = (what: string, mend?: string): Finding => ({ level: "problem", what, mend })
 
+/** Whether the store here takes unsigned paths from this user; "none" without Nix. */
+type StoreHere = "takes all" | "takes signed" | "none"
+
 /** What this machine needs. */
-async function examineHere(env: Env): Promise<Finding[]> {
+async function examineHere(env: Env): Promise<{ findings: Finding[]; store: StoreHere }> {
   const tools = ["bash", "ssh", "rsync", "tar"].map((tool) =>
     hasProgram(tool, env) ? ok(`${tool} is here`) : problem(`no ${tool} here`, `install ${tool}`),
   )
@@ -6062,147 +6381,199 @@ async function examineHere(env: Env): Promise<Finding[]> {
     ? ok("git is here")
     : warning("no git here: flakes in git repositories cannot travel", "install git")
   if (!hasProgram("nix-store", env))
-    return [
-      ...tools,
-      git_,
-      warning("no Nix here: results stay on the host", "install Nix, for results to come home"),
-    ]
+    return {
+      findings: [
+        ...tools,
+        git_,
+        warning("no Nix here: results stay on the host", "install Nix, for results to come home"),
+      ],
+      store: "none",
+    }
   const version = lastLine(await capture(["nix", "--version"], "may-fail"))
-  const trusted = await isTrustedHere(env)
-  const results = trusted
-    ? ok("unsigned results can come home: this user is trusted by the store here")
-    : warning(
-        "only signed results can come home: the store here does not trust this user",
-        'import = "sudo" for the host in the config, or signing on the host (being a trusted user is the same as being root)',
-      )
-  return [...tools, git_, ok(version || "Nix is here"), results]
+  const isTrusted = ownsStore(env) || (await isTrustedHere(env))
+  const takesAll = isTrusted || (await settingsHere(env))["require-sigs"] === false
+  const trust = isTrusted
+    ? ok("this user is trusted by the store here")
+    : ok("this user is not trusted by the store here")
+  return {
+    findings: [...tools, git_, ok(version || "Nix is here"), trust],
+    store: takesAll ? "takes all" : "takes signed",
+  }
 }
 
+/** Whether what a host builds can come home. */
+function examineResults({ host, facts }: Probe, store: StoreHere): Finding[] {
+  if (store === "none") return []
+  const signs = (facts.get("set.secret-key-files") ?? "") !== ""
+  if (store === "takes all" && !host.requireSignatures) return [ok("unsigned results can come home")]
+  if (host.import === "sudo" && !host.requireSignatures)
+    return [ok('unsigned results come home through sudo (import = "sudo")')]
+  const why = host.requireSignatures
+    ? "of this host only signed results may come home (require-signatures)"
+    : "the store here takes only signed results from this user"
+  if (signs)
+    return [warning(`${why}; it signs what it builds`, "its public key must be in trusted-public-keys here")]
+  const sign = "secret-key-files in its nix.conf, and the public key in trusted-public-keys here"
+  return [
+    problem(
+      `${why}, and Nix there signs nothing`,
+      host.requireSignatures ? sign : `import = "sudo" in [hosts.${host.name}]; or ${sign}`,
+    ),
+  ]
+}
+
+/** Programs that a host must have, besides rsync and Nix. */
+const NEEDED_THERE = "find stat awk tr xargs tar sed paste mkfifo cmp readlink".split(" ")
+
+/** Kibibytes of free space below which a build will hardly work, and below which it is time to say so. */
+const SPACE = { least: 10 * 2 ** 10, low: 2 * 2 ** 20 }
+
 /** What can be said of a host that was asked. */
-async function examineHost(probe: Probe, env: Env): Promise<Finding[]> {
-  const { host, facts, error } = probe
-  if (error !== undefined) return [problem(error, `ssh -v ${shellQuote(host.destination)} true`)]
-  const missing = [
-    "find",
-    "stat",
-    "awk",
-    "tr",
-    "xargs",
-    "tar",
-    "sed",
-    "paste",
-    "mkfifo",
-    "cmp",
-    "readlink",
-  ].filter((tool) => !facts.get(`tool.${tool}`))
-  const install = (tool: string) => `ssh ${host.destination} nix profile install nixpkgs#${tool}`
-  const nix = facts.get("nix")
-  const flakes = (facts.get("set.experimental-features") ?? "").includes("flakes")
-  const skew = Math.abs(Number(facts.get("time")) - Date.now() / 1000)
-  const low = (key: string) => Number(facts.get(key)) < 2 * 2 ** 20
+export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[] {
+  const { host, facts, error, skew } = probe
+  const ssh = ["ssh", ...host.sshOptions, host.destination].map(shellQuote).join(" ")
+  const over = (command: string) => `${ssh} ${shellQuote(command)}`
+  if (error !== undefined) return [problem(error, `${ssh.replace(/^ssh/, "ssh -v")} true`)]
+  const nix = facts.get("nix") || undefined
+  const [major = 0, minor = 0] = (/(\d+)\.(\d+)[^ ]*$/.exec(nix ?? "") ?? []).slice(1).map(Number)
+  const isBefore = (wanted: number) => major < 2 || (major === 2 && minor < wanted)
+  const install = (tool: string) =>
+    nix
+      ? over(`nix --extra-experimental-features 'nix-command flakes' profile install nixpkgs#${tool}`)
+      : `install ${tool} there`
+  const missing = NEEDED_THERE.filter((tool) => !facts.has(`tool.${tool}`))
+  const space = (key: string, what: string, mend: string) => {
+    const free = facts.get(key) ? Number(facts.get(key)) : Number.POSITIVE_INFINITY
+    const size = free < 2 ** 20 ? mebi(facts.get(key)) : gibi(facts.get(key))
+    const said = `${size} free for ${what}`
+    return free < SPACE.least ? problem(said, mend) : free < SPACE.low ? warning(said, mend) : ok(said)
+  }
   const agent = host.sshOptions.includes("-A")
-  const trusted =
+  const names = [facts.get("user") ?? "", ...(facts.get("groups") ?? "").split(" ").map((name) => `@${name}`), "*"]
+  const isTrusted =
     /"trusted":\s*(1|true)/.test(facts.get("store") ?? "") ||
     facts.get("user") === "root" ||
-    (facts.get("set.trusted-users") ?? "").split(" ").includes(facts.get("user")!)
+    (facts.get("set.trusted-users") ?? "").split(" ").some((name) => names.includes(name))
   return [
     ok(
-      `answers in ${Math.max(1, Math.round(probe.latency))} ms as ${facts.get("user")} (${facts.get("kernel")})`,
+      `answers in ${Math.max(1, Math.round(probe.latency))} ms as ${facts.get("user") ?? "?"} (${facts.get("kernel") ?? "?"})`,
     ),
+    facts.has("end")
+      ? []
+      : warning("answers slowly: not all could be asked", `${ssh.replace(/^ssh/, "ssh -v")} true`),
     probe.multiplexed
-      ? ok("one connection serves every step")
+      ? ok("one connection serves every step (multiplexing)")
       : warning(
           "no multiplexing: each step connects anew",
-          "MaxSessions in its sshd_config; a control socket directory here",
+          over("grep -i -e MaxSessions /etc/ssh/sshd_config   # must allow some; and /tmp here must take a socket"),
         ),
     ok(`login shell ${facts.get("shell") || "unknown"}`),
-    nix
-      ? ok(`${nix} at ${facts.get("nix.path")}`)
-      : problem(
-          "no Nix there, neither on the PATH of a non-interactive shell nor in a profile",
-          "install Nix there",
-        ),
-    ...(nix
-      ? [
-          flakes
-            ? ok("flakes are enabled")
-            : ok("flakes are not enabled; edict enables them for its commands"),
-        ]
-      : []),
+    examineNix(facts, { nix, isTooOld: isBefore(4), install: over("curl -L https://nixos.org/nix/install | sh") }),
     facts.get("rsync") ? ok(facts.get("rsync")!) : problem("no rsync there", install("rsync")),
     facts.get("git")
       ? ok(facts.get("git")!)
-      : warning("no git there: Nix before 2.20 needs it for flakes in git", install("git")),
-    ...(missing.length > 0
-      ? [
-          problem(
-            `needs ${missing.join(", ")} over there`,
-            "install coreutils, findutils, gawk, gnutar there",
-          ),
-        ]
-      : []),
-    ok(
-      `builds for ${systemsOf(probe).join(", ") || "?"}${facts.get("set.system-features") ? ` with ${facts.get("set.system-features")}` : ""}`,
-    ),
+      : isBefore(20)
+        ? problem("no git there, which this Nix needs for flakes in git", install("git"))
+        : warning("no git there: commits of the command do not come home", install("git")),
+    missing.length > 0
+      ? problem(`no ${missing.join(", ")} there`, "install coreutils, findutils, diffutils, gawk, gnused, gnutar there")
+      : ok("the usual tools are there"),
+    facts.has("tool.ps") ? [] : warning("no ps there: what outlives its parent may not be ended", "install procps there"),
+    ok(`builds for ${systemsOf(probe).join(", ") || "?"}${featuresOf(probe).length > 0 ? ` with ${featuresOf(probe).join(", ")}` : ""}`),
     facts.get("set.sandbox") === "false"
       ? warning("builds run without a sandbox", "sandbox = true in its nix.conf")
       : ok(`sandbox ${facts.get("set.sandbox") ?? "?"}`),
-    (low("free.store") ? warning : ok)(
-      `${gibi(facts.get("free.store"))} free for its store`,
-      low("free.store") ? `ssh ${host.destination} nix-collect-garbage` : undefined,
-    ),
-    (low("free.trees") ? warning : ok)(
-      `${gibi(facts.get("free.trees"))} free for trees, ${gibi(facts.get("used"))} used in ${host.directory}`,
-      low("free.trees") ? `edict --clean ${host.name}` : undefined,
-    ),
-    skew > 5
+    facts.has("writable")
+      ? space("free.trees", `trees, ${mebi(facts.get("used") || "0")} used in ${host.directory}`, `edict --clean ${shellQuote(host.name)}`)
+      : problem(`cannot write to ${host.directory} there`, `directory = "…" in [hosts.${host.name}]`),
+    space("free.store", "its store", over("nix-collect-garbage")),
+    Math.abs(skew) > 5
       ? warning(
-          `its clock is ${Math.round(skew)} s off; edict compares no clocks, but Nix and git do`,
-          "enable NTP there",
+          `its clock is ${Math.round(Math.abs(skew))} s ${skew > 0 ? "ahead" : "behind"}; edict compares no clocks, but Nix and git do`,
+          over("timedatectl set-ntp true"),
         )
       : ok("its clock is right"),
-    trusted
-      ? ok("this user is trusted by the store there")
-      : ok("this user is not trusted by the store there; edict does not need it"),
+    ok(
+      isTrusted
+        ? "this user is trusted by the store there"
+        : "this user is not trusted by the store there; edict does not need it",
+    ),
+    examineResults(probe, store),
     ok(`substituters ${facts.get("set.substituters") || "none"}`),
     agent && !env.SSH_AUTH_SOCK
       ? warning("the agent is to be forwarded, but none runs here", 'eval "$(ssh-agent)" && ssh-add')
       : ok(agent ? "the ssh agent is forwarded" : "the ssh agent stays here"),
+  ].flat()
+}
+
+/** Nix over there: whether, where, which, and its flakes. */
+function examineNix(
+  facts: Facts,
+  { nix, isTooOld, install }: { nix: string | undefined; isTooOld: boolean; install: string },
+): Finding[] {
+  if (nix === undefined && facts.has("end"))
+    return [problem("no Nix there, neither on the PATH of a non-interactive shell nor in a profile", install)]
+  if (nix === undefined) return [problem("Nix there does not answer in time", "see what slows it down there")]
+  if (isTooOld) return [problem(`${nix} at ${facts.get("nix.path")} is too old: flakes came with 2.4`, install)]
+  const enabled = (facts.get("set.experimental-features") ?? "").split(" ").includes("flakes")
+  return [
+    ok(`${nix} at ${facts.get("nix.path")}`),
+    ok(enabled ? "flakes are enabled" : "flakes are not enabled; edict enables them for its commands"),
   ]
 }
 
-/** Removes what edict left on a host for this machine, unless a run is using it; says how much it was. */
+/**
+ * Removes what edict left on a host, for whichever machine, unless a run is using it; says how many KiB it was. The
+ * directory may be one that holds other things, too: only what edict made goes.
+ */
 export const CLEAN_SCRIPT = sh`
 IFS= read -r base
 case $base in /*) ;; *) base=$HOME/$base ;; esac
-[ -d "$base" ] || { echo 0; exit 0; }
-for pid in "$base"/run/*/pid; do
-  [ -e "$pid" ] && kill -0 "$(cat "$pid")" 2>/dev/null && { echo "a command still runs there" >&2; exit 3; }
+# A number of a process may have gone to another one since.
+busy() {
+  pid=$(cat "$1" 2>/dev/null) && kill -0 "$pid" 2>/dev/null || return 1
+  [ ! -r "/proc/$pid/cmdline" ] || tr '\0' ' ' <"/proc/$pid/cmdline" | grep -q -e 'read -r script' -e 'run='
+}
+for file in "$base"/run/*/pid "$base"/run/*/agent; do
+  if busy "$file"; then echo "a run is using it (process $pid)" >&2; exit 3; fi
 done
-du -sk "$base" | cut -f1
-chmod -R u+rwX "$base" 2>/dev/null
-rm -rf -- "$base"
+set --
+for directory in "$base"/run "$base"/*; do
+  case $directory in "$base"/run) [ $# = 0 ] && [ -d "$directory" ] ;; *) [ -d "$directory/meta" ] ;; esac && set -- "$@" "$directory"
+done
+if [ $# = 0 ]; then echo 0; exit 0; fi
+size=$(du -sck "$@" | tail -n 1 | cut -f1)
+find "$@" -type d ! -perm -700 -exec chmod u+rwx {} + 2>/dev/null
+rm -rf -- "$@" || exit
+rmdir -- "$base" 2>/dev/null
+echo "$size"
 `
 
-/** `--clean`: everything of edict on these hosts goes, and what is known here of it. */
+/** `--clean`: everything of edict on these hosts goes. */
 async function cleanHosts(hosts: readonly Host[], options: Options, env: Env): Promise<number> {
   const codes = await Promise.all(
     hosts.map(async (host) => {
-      const control = controlPath({ host }, env)
-      const context = { plan: { host }, control, noisy: false }
-      const master = control !== "" && (await openProbeMaster(host, control, []))
-      const ssh = master
-        ? sshArguments(context)
-        : ["ssh", "-o", "RequestTTY=no", ...host.sshOptions, "-T", "--", host.destination]
-      const answer = await collect([...ssh, BOOT_LINE], {
+      saveHostKey(host)
+      const limit = (await livelinessOptions(host)).concat(hosts.length > 1 ? ["-o", "BatchMode=yes"] : [])
+      const { control } = await openProbeMaster(host, env, { limit, patience: 60_000 })
+      const [ssh, ...words] = sshArguments({ plan: { host }, control, noisy: false })
+      const answer = await collect([ssh!, ...limit, ...words, BOOT_LINE], {
         what: "clean",
         input: Buffer.from(`${encodeScript(CLEAN_SCRIPT)}\n${host.directory}\n`),
         stdin: "pipe",
       })
       if (answer.code === 255) return tell(sshError(host, answer.stderr))
-      if (answer.code !== 0) return tell(new EdictError(`${host.name}: not cleaned${because(answer.stderr)}`))
+      if (answer.code === 3)
+        return tell(
+          new EdictError(`${shown(host.name)}: nothing removed: ${lastLine(answer.stderr)}`, "again when it has ended"),
+        )
+      const size = lastLine(answer.stdout)
+      if (answer.code !== 0 || !/^\d+$/.test(size))
+        return tell(new EdictError(`${shown(host.name)}: not all could be removed${because(answer.stderr)}`))
       if (options.verbosity >= 0)
-        say(`${shown(host.name)}: ${(Number(lastLine(answer.stdout)) / 1024).toFixed(1)} MiB removed`)
+        say(
+          `${shown(host.name)}: ${size === "0" ? "there was nothing to remove" : `${mebi(size)} removed`}`,
+        )
       return 0
     }),
   )
@@ -6211,22 +6582,35 @@ async function cleanHosts(hosts: readonly Host[], options: Options, env: Env): P
 
 /** Words for completing HOST: names and tags of the config, and hosts of ssh_config. */
 function hostWords(config: Config, env: Env): string {
-  const tags = ["all", ...Object.values(config.hosts).flatMap((host) => host.tags)].map((tag) => `@${tag}`)
-  const ssh = (readText(path.join(homeOf(env), ".ssh/config")) ?? "").split("\n").flatMap((line) => {
-    const found = /^\s*Host\s+(.*)$/i.exec(line)
-    return found ? found[1]!.split(/\s+/).filter((name) => name !== "" && !/[*?!]/.test(name)) : []
-  })
-  return [
-    ...new Set([...Object.keys(config.hosts), ...(Object.keys(config.hosts).length > 0 ? tags : []), ...ssh]),
-  ]
+  const names = Object.keys(config.hosts)
+  const tags = names.length > 0 ? ["all", ...Object.values(config.hosts).flatMap((host) => host.tags)] : []
+  const words = [...names, ...tags.map((tag) => `@${tag}`), ...sshHosts(path.join(homeOf(env), ".ssh/config"), env)]
+  return [...new Set(words)]
+    .filter((word) => !/[\s,]/.test(word))
     .map((word) => `${word}\n`)
     .join("")
 }
 
-const COMPLETED_OPTIONS = (): string =>
-  [...FLAG_OPTIONS.filter((name) => name !== "complete-hosts"), ...VALUE_OPTIONS, "no-sync", "no-tty"]
-    .map((name) => `--${name}`)
-    .join(" ")
+/** Names that an ssh_config and what it includes gives to hosts; patterns are none. */
+function sshHosts(file: string, env: Env, depth = 0): string[] {
+  return (readText(file) ?? "").split("\n").flatMap((line) => {
+    const [, keyword = "", rest = ""] = /^\s*(Host|Include)(?:\s+|\s*=\s*)(.*)$/i.exec(line) ?? []
+    const words = (rest.match(/"[^"]*"|\S+/g) ?? []).map((word) => word.replace(/^"(.*)"$/, "$1"))
+    if (keyword.toLowerCase() === "host") return words.filter((word) => !/[*?!]/.test(word))
+    if (keyword === "" || depth > 8) return []
+    return words.flatMap((word) => {
+      const pattern = path.resolve(homeOf(env), ".ssh", word.replace(/^~(?=\/)/, homeOf(env)))
+      return fs.globSync(pattern).flatMap((included) => sshHosts(included, env, depth + 1))
+    })
+  })
+}
+
+/** Words that a value of an option can be, for completions; files where there are none. */
+const COMPLETED_VALUES: readonly [option: string, values: string][] = [
+  ["--completion", "bash zsh fish"],
+  ["--system", "x86_64-linux aarch64-linux x86_64-darwin aarch64-darwin"],
+  ["--features", "big-parallel kvm nixos-test benchmark"],
+]
 
 /** A completion script; the words behind the host are left to Nix's own completion. Throws UsageError for other shells. */
 export function completionScript(shell: string): string {
@@ -6235,73 +6619,174 @@ export function completionScript(shell: string): string {
     zsh: ZSH_COMPLETION,
     fish: FISH_COMPLETION,
   }
-  const script = scripts[shell]
+  const script = Object.hasOwn(scripts, shell) ? scripts[shell] : undefined
   if (script === undefined)
     throw new UsageError(`no completions for ${shown(shell)}`, "edict --completion bash|zsh|fish")
-  return script.replaceAll("@OPTIONS@", COMPLETED_OPTIONS()).trimStart()
+  const isOffered = (name: string) => name !== "complete-hosts" && name !== "link-suffix"
+  const flags = [...FLAG_OPTIONS, "no-sync", "no-tty"].filter(isOffered).map((name) => `--${name}`)
+  const withValue = VALUE_OPTIONS.filter(isOffered).map((name) => `--${name}`)
+  const ssh = SSH_VALUE_OPTIONS.map((letter) => `-${letter}`)
+  const cases = (line: (option: string, values: string) => string) =>
+    COMPLETED_VALUES.map(([option, values]) => line(option, values)).join("\n")
+  return script
+    .replaceAll("@OPTIONS@", [...flags, ...withValue].toSorted().join(" "))
+    .replaceAll("@VALUED@", [...ssh, ...withValue, "--link-suffix"].join(" | "))
+    .replaceAll("@FISH_VALUED@", [...ssh, ...withValue, "--link-suffix"].join(" "))
+    .replaceAll("@BASH_VALUES@", cases((option, values) => `      ${option}) _edict_offer ${values} ;;`))
+    .replaceAll("@ZSH_VALUES@", cases((option, values) => `      ${option}) compadd -- ${values} ;;`))
+    .replaceAll("@FISH_VALUES@", cases((option, values) => `        case ${option}\n            printf '%s\\n' ${values}`))
+    .trimStart()
 }
 
 const BASH_COMPLETION = sh`
+# The words that begin as the current one does. Bash replaces only what stands behind the last : = or @ of a word.
+_edict_offer() {
+  local word cut=
+  if [ -n "$\{COMP_LINE-}" ]; then
+    local breaks=$\{COMP_WORDBREAKS//[!:=@]/}
+    if [ -n "$breaks" ]; then cut=$\{current%"$\{current##*["$breaks"]}"}; fi
+  fi
+  for word; do
+    case $word in "$current"*) COMPREPLY+=("$\{word#"$cut"}") ;; esac
+  done
+}
+
+# What Nix offers for the word of this number.
+_edict_nix() {
+  local line kind= found=()
+  while IFS= read -r line; do
+    if [ -n "$kind" ]; then found+=("$\{line%%$'\t'*}"); else kind=$\{line%%$'\t'*}; fi
+  done < <(NIX_CONFIG="$\{NIX_CONFIG:+$NIX_CONFIG$'\n'}extra-experimental-features = nix-command flakes" NIX_GET_COMPLETIONS=$1 "$\{@:2}" 2>/dev/null)
+  case $kind in
+    filenames) compopt -o filenames 2>/dev/null ;;
+    attrs) compopt -o nospace 2>/dev/null ;;
+  esac
+  _edict_offer "$\{found[@]}"
+}
+
 _edict() {
-  local word=$\{COMP_WORDS[COMP_CWORD]} at=1
-  while [ "$at" -lt "$COMP_CWORD" ]; do
-    case $\{COMP_WORDS[at]} in
-      -o | -p | -i | -F | -J | --report | --config | --system | --jobs | --completion | --link-suffix) at=$((at + 2)) ;;
+  COMPREPLY=()
+  local words=() rest=$\{COMP_LINE-} at=1 last current trimmed word before hosts=
+  if [ -n "$rest" ]; then
+    # Bash cuts words at : = and @, too: these are put together again, up to the cursor.
+    rest=$\{rest:0:COMP_POINT}
+    for ((at = 0; at <= COMP_CWORD; at++)); do
+      trimmed=$\{rest#"$\{rest%%[![:space:]]*}"}
+      word=$\{COMP_WORDS[at]}
+      if [ "$at" -eq "$COMP_CWORD" ]; then word=$trimmed; fi
+      if [ "$at" -eq 0 ] || [ "$trimmed" != "$rest" ]; then words+=("$word"); else words[$\{#words[@]} - 1]+=$word; fi
+      rest=$\{trimmed#"$\{COMP_WORDS[at]}"}
+    done
+  else
+    words=("$\{COMP_WORDS[@]:0:COMP_CWORD+1}")
+  fi
+  last=$(($\{#words[@]} - 1)) current=$\{words[$\{#words[@]} - 1]} at=1
+  while [ "$at" -lt "$last" ]; do
+    case $\{words[at]} in
+      --) at=$((at + 1)); break ;;
+      --doctor | --clean) hosts=all at=$((at + 1)) ;;
+      @VALUED@) at=$((at + 2)) ;;
       -*) at=$((at + 1)) ;;
       *) break ;;
     esac
   done
-  if [ "$at" -ge "$COMP_CWORD" ]; then
-    case $word in
-      -*) mapfile -t COMPREPLY < <(compgen -W '@OPTIONS@' -- "$word") ;;
-      *) mapfile -t COMPREPLY < <(compgen -W "$(edict --complete-hosts 2>/dev/null) nix" -- "$word") ;;
+  if [ "$at" -gt "$last" ]; then
+    case $\{words[last - 1]} in
+@BASH_VALUES@
     esac
     return
   fi
-  [ "$\{COMP_WORDS[at]}" = nix ] || at=$((at + 1))
-  if [ "$at" -eq "$COMP_CWORD" ]; then
-    mapfile -t COMPREPLY < <(compgen -W 'nix nix-build nix-shell nixos-rebuild' -- "$word")
+  if [ "$at" -eq "$last" ] || [ -n "$hosts" ]; then
+    case $current in
+      -*) _edict_offer @OPTIONS@ ;;
+      *)
+        case $current in *,*) before=$\{current%,*}, ;; *) before= ;; esac
+        mapfile -t words < <(edict --complete-hosts 2>/dev/null)
+        if [ -z "$hosts$before" ]; then words+=(nix); fi
+        _edict_offer "$\{words[@]/#/$before}" ;;
+    esac
     return
   fi
-  [ "$\{COMP_WORDS[at]}" = nix ] || return
-  local answer
-  answer=$(NIX_GET_COMPLETIONS=$((COMP_CWORD - at)) "$\{COMP_WORDS[@]:at}" 2>/dev/null) || return
-  mapfile -t COMPREPLY < <(printf '%s\n' "$answer" | tail -n +2 | cut -f1)
+  case $\{words[at]} in nix | nix-* | nixos-*) ;; *) at=$((at + 1)) ;; esac
+  if [ "$at" -eq "$last" ]; then _edict_offer nix nix-build nix-shell nixos-rebuild; fi
+  case $\{words[at]} in
+    '' | nix-* | nixos-*) ;;
+    nix) if [ "$at" -lt "$last" ]; then _edict_nix $((last - at)) "$\{words[@]:at}"; fi ;;
+    *) if [ "$\{#COMPREPLY[@]}" -eq 0 ]; then _edict_nix $((last - at + 2)) nix run "$\{words[@]:at}"; fi ;;
+  esac
 }
 complete -o default -F _edict edict
 `
 
 const ZSH_COMPLETION = sh`
 #compdef edict
+_edict_nix() {
+  local -a answer found how
+  answer=("$\{(@f)$(NIX_CONFIG="$\{NIX_CONFIG:+$NIX_CONFIG$'\n'}extra-experimental-features = nix-command flakes" NIX_GET_COMPLETIONS=$1 "$\{(@)@[2,-1]}" 2>/dev/null)}")
+  found=("$\{(@)$\{(@)answer[2,-1]}%%$'\t'*}")
+  case $\{answer[1]%%$'\t'*} in
+    filenames) how=(-f) ;;
+    attrs) how=(-S '') ;;
+  esac
+  [[ -z $answer[2] ]] || compadd $how -- "$\{(@)found}"
+}
 _edict() {
-  local at=2 answer
+  local at=2 hosts=
+  local -a typed offered
+  typed=("$\{(@Q)words}")
   while (( at < CURRENT )); do
-    case $words[at] in
-      -o | -p | -i | -F | -J | --report | --config | --system | --jobs | --completion | --link-suffix) (( at += 2 )) ;;
+    case $typed[at] in
+      --) (( at += 1 )); break ;;
+      --doctor | --clean) hosts=all; (( at += 1 )) ;;
+      @VALUED@) (( at += 2 )) ;;
       -*) (( at += 1 )) ;;
       *) break ;;
     esac
   done
-  if (( at >= CURRENT )); then
-    if [[ $words[CURRENT] == -* ]]; then compadd -- $=\{:-@OPTIONS@}; else compadd -- $\{(f)"$(edict --complete-hosts 2>/dev/null)"} nix; fi
+  if (( at > CURRENT )); then
+    case $typed[CURRENT-1] in
+@ZSH_VALUES@
+      *) _files ;;
+    esac
     return
   fi
-  [[ $words[at] == nix ]] || (( at += 1 ))
-  if (( at == CURRENT )); then compadd -- nix nix-build nix-shell nixos-rebuild; return; fi
-  [[ $words[at] == nix ]] || { _files; return; }
-  answer=("$\{(@f)$(NIX_GET_COMPLETIONS=$(( CURRENT - at )) "$\{(@)words[at,-1]}" 2>/dev/null)}")
-  compadd -- $\{$\{answer[2,-1]}%%$'\t'*}
+  if (( at == CURRENT )) || [[ -n $hosts ]]; then
+    if [[ $typed[CURRENT] == -* ]]; then compadd -- @OPTIONS@; return; fi
+    offered=("$\{(@f)$(edict --complete-hosts 2>/dev/null)}")
+    if ! compset -P '*,' && [[ -z $hosts ]]; then offered+=(nix); fi
+    compadd -- $offered
+    return
+  fi
+  case $typed[at] in nix | nix-* | nixos-*) ;; *) (( at += 1 )) ;; esac
+  if (( at == CURRENT )); then
+    compadd -- nix nix-build nix-shell nixos-rebuild
+    [[ -z $typed[at] || $typed[at] == nix* ]] && return
+  fi
+  case $typed[at] in
+    nix) _edict_nix $(( CURRENT - at )) "$\{(@)typed[at,-1]}" ;;
+    nix-* | nixos-*) _files ;;
+    *) _edict_nix $(( CURRENT - at + 2 )) nix run "$\{(@)typed[at,-1]}" ;;
+  esac
 }
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _edict "$@"; else compdef _edict edict; fi
 `
 
 const FISH_COMPLETION = sh`
-function __edict_rest
-    set -l words (commandline -opc) (commandline -ct)
+# What can stand at the cursor: an option's value, an option or a host, or a word of the command.
+function __edict_complete
+    set -l words (commandline -opc) (commandline -ct | string collect -a)
+    set -l last (count $words)
     set -l at 2
-    while test $at -lt (count $words)
+    set -l hosts
+    while test $at -lt $last
         switch $words[$at]
-            case -o -p -i -F -J --report --config --system --jobs --completion --link-suffix
+            case --
+                set at (math $at + 1)
+                break
+            case --doctor --clean
+                set hosts all
+                set at (math $at + 1)
+            case @FISH_VALUED@
                 set at (math $at + 2)
             case '-*'
                 set at (math $at + 1)
@@ -6309,26 +6794,54 @@ function __edict_rest
                 break
         end
     end
-    if test $at -ge (count $words)
-        return 1
+    if test $at -gt $last
+        __edict_value $words[(math $last - 1)] $words[$last]
+    else if test $at -eq $last; or set -q hosts[1]
+        __edict_host "$words[$last]" "$hosts"
+    else
+        if not string match -qr '^nix(-.*|os-.*)?$' -- $words[$at]
+            set at (math $at + 1)
+        end
+        __edict_command (math $last - $at) $words[$at..-1]
     end
-    test $words[$at] = nix; or set at (math $at + 1)
-    printf '%s\n' $words[$at..-1]
+end
+function __edict_value
+    switch $argv[1]
+@FISH_VALUES@
+        case '*'
+            __fish_complete_path $argv[2]
+    end
+end
+function __edict_host
+    switch $argv[1]
+        case '-*'
+            printf '%s\n' @OPTIONS@
+        case '*,*'
+            set -l before (string replace -r '[^,]*$' '' -- $argv[1])
+            printf "$before%s\n" (edict --complete-hosts 2>/dev/null)
+        case '*'
+            edict --complete-hosts 2>/dev/null
+            test -n "$argv[2]"; or echo nix
+    end
 end
 function __edict_command
-    set -l rest (__edict_rest)
-    if test (count $rest) -le 1
+    set -l features "extra-experimental-features = nix-command flakes"
+    test -z "$NIX_CONFIG"; or set features $NIX_CONFIG\n$features
+    if test $argv[1] -eq 0
         printf '%s\n' nix nix-build nix-shell nixos-rebuild
-    else if test $rest[1] = nix
-        NIX_GET_COMPLETIONS=(math (count $rest) - 1) $rest 2>/dev/null | tail -n +2 | cut -f1
+        string match -qr '^(nix.*)?$' -- "$argv[2]"; and return
+    end
+    switch $argv[2]
+        case nix
+            NIX_CONFIG=$features NIX_GET_COMPLETIONS=$argv[1] $argv[2..-1] 2>/dev/null | tail -n +2
+        case 'nix-*' 'nixos-*'
+            __fish_complete_path $argv[-1]
+        case '*'
+            NIX_CONFIG=$features NIX_GET_COMPLETIONS=(math $argv[1] + 2) nix run $argv[2..-1] 2>/dev/null | tail -n +2
     end
 end
-complete -c edict -f
-complete -c edict -n 'not __edict_rest >/dev/null' -a '(edict --complete-hosts 2>/dev/null) nix'
-for option in (string split ' ' -- '@OPTIONS@')
-    complete -c edict -n 'not __edict_rest >/dev/null' -l (string sub -s 3 -- $option)
-end
-complete -c edict -n '__edict_rest >/dev/null' -a '(__edict_command)'
+complete -c edict -e
+complete -c edict -f -a '(__edict_complete)'
 `
 
 // ── 23. Files, messages and errors ──────────────────────────────────────────────────────────────────────

@@ -28,6 +28,7 @@ const DEFAULTS: Options = {
   allowMassDelete: false,
   pick: false,
   system: undefined,
+  features: [],
   jobs: Number.POSITIVE_INFINITY,
   failFast: false,
   linkSuffix: "",
@@ -104,6 +105,22 @@ const accepted: Case[] = [
   [["-J", "a,b", "-A", "-p", "1", "h", ...NIX], "h", NIX, { sshOptions: ["-J", "a,b", "-p", "1", "-A"] }],
   [["-o", "nix", "h", ...NIX], "h", NIX, { sshOptions: ["-o", "nix"] }],
   [["-o", "-v", "h", ...NIX], "h", NIX, { sshOptions: ["-o", "-v"] }],
+  // several hosts, and edict's own business with them
+  [["a,b,@ci", ...NIX], "a,b,@ci", NIX],
+  [["--pick", "a,b", ...NIX], "a,b", NIX, { pick: true }],
+  [["--pick", "--system", "i686-linux", "@all", ...NIX], "@all", NIX, { pick: true, system: "i686-linux" }],
+  [["--pick", "--features=kvm,,x", "a", ...NIX], "a", NIX, { pick: true, features: ["kvm", "x"] }],
+  [["--jobs", "2", "--fail-fast", "a,b", ...NIX], "a,b", NIX, { jobs: 2, failFast: true }],
+  [["--jobs=12", "a,b", ...NIX], "a,b", NIX, { jobs: 12 }],
+  [["--link-suffix", "-x", "a", ...NIX], "a", NIX, { linkSuffix: "-x" }],
+  [["--hosts"], undefined, [], { action: "hosts" }],
+  [["--hosts", "--json"], undefined, [], { action: "hosts", json: true }],
+  [["--doctor", "a", "b,c"], "a,b,c", [], { action: "doctor" }],
+  [["--doctor", "--json", "a"], "a", [], { action: "doctor", json: true }],
+  [["--doctor"], undefined, [], { action: "doctor" }],
+  [["--clean", "a", "b"], "a,b", [], { action: "clean" }],
+  [["--completion", "zsh"], "zsh", [], { action: "completion" }],
+  [["--complete-hosts"], undefined, [], { action: "complete" }],
   // help wins over everything, and needs no host
   [["--help"], undefined, [], { action: "help" }],
   [["-h"], undefined, [], { action: "help" }],
@@ -150,6 +167,20 @@ describe("the command line", () => {
     [["--x\u001b[31m", "h", ...NIX], "unknown option --x\\x1b[31m", ""],
     [["--constructor", "h", ...NIX], "unknown option --constructor", ""],
     [["--json", "h", ...NIX], "--json goes with --dry-run", "edict --dry-run --json"],
+    [
+      ["--system", "i686-linux", "h", ...NIX],
+      "--system goes with --pick",
+      "edict --pick --system i686-linux",
+    ],
+    [["--features", "kvm", "h", ...NIX], "--features goes with --pick", "edict --pick --features kvm"],
+    [["--jobs", "0", "h", ...NIX], "--jobs takes a number from 1, not 0", "edict --jobs"],
+    [["--jobs", "-1", "h", ...NIX], "--jobs takes a number from 1, not -1", "edict --jobs"],
+    [["--jobs", "two", "h", ...NIX], "--jobs takes a number from 1, not two", "edict --jobs"],
+    [["--completion"], "option --completion needs a value", ""],
+    [["--doctor", "h", ...NIX], "--doctor takes hosts, no command", "edict --doctor HOST"],
+    [["--clean", "h", ...NIX], "--clean takes hosts, no command", "edict --clean HOST"],
+    [["--clean"], "--clean takes no default", "edict --clean HOST"],
+    [["--picc", "h", ...NIX], "unknown option --picc", "edict --pick"],
     [["--report"], "option --report needs a value", ""],
     [["--report=", "h", ...NIX], "option --report needs a value", ""],
     [["--config", "", "h", ...NIX], "option --config needs a value", ""],
@@ -187,16 +218,23 @@ describe("the help", () => {
 
   test.each(documented)("%s is an option", async (option) => {
     const [name = "", value] = option.split(" ")
-    const more = name === "--json" ? ["--dry-run"] : []
-    const argv = [...more, name, ...(value === undefined ? [] : ["value"])]
-    const { options, host } = await parseArguments([...argv, "h", ...NIX], {})
-    expect(options).not.toEqual(DEFAULTS)
-    if (options.action === "run" || options.action === "dry-run") expect(host).toBe("h")
+    const partner = { "--json": "--dry-run", "--system": "--pick", "--features": "--pick" }[name]
+    const argv = [
+      name,
+      ...(value === undefined || value === "HOST…" ? [] : [name === "--jobs" ? "3" : "value"]),
+    ]
+    const command = ["--doctor", "--clean"].includes(name) ? [] : NIX
+    const parse = async (words: string[]) =>
+      parseArguments([...(partner === undefined ? [] : [partner]), ...words], {})
+    const { options, host } = await parse([...argv, "h", ...command])
+    expect(options).not.toEqual((await parse(["h", ...NIX])).options)
+    if (["run", "dry-run", "doctor", "clean"].includes(options.action)) expect(host).toBe("h")
   })
 
   const known =
     `--sync --no-sync -n --dry-run --json --report --allow-mass-delete -v -q --quiet --tty --no-tty
-    -A --forward-agent -o -p -i -F -J --config --help --version`.split(/\s+/)
+    -A --forward-agent -o -p -i -F -J --config --pick --system --features --jobs --fail-fast --link-suffix
+    --doctor --hosts --clean --completion --help --version`.split(/\s+/)
   test.each(known)("%s is documented", (name) => {
     expect(`${names.join("\n")}\n-vv`.split("\n")).toContain(name)
   })

@@ -3,7 +3,6 @@
 import { afterAll, beforeAll, expect, setDefaultTimeout, test } from "bun:test"
 import fs from "node:fs"
 import { join } from "node:path"
-import { EDICT } from "./support"
 import { appears, conflictsOf, expectNothingLeft, ignoredBy, snapshot, startLab, type Lab } from "./sync-lab"
 
 const SECONDS = Number(process.env.FUZZ_SECONDS ?? 50)
@@ -38,12 +37,20 @@ function edit(directory: string, random: Random, content: string): void {
   const file = join(directory, name)
   const clear = () => {
     for (const [at] of [...name.split("/").entries()].slice(0, -1)) {
-      const parent = join(directory, name.split("/").slice(0, at + 1).join("/"))
+      const parent = join(
+        directory,
+        name
+          .split("/")
+          .slice(0, at + 1)
+          .join("/"),
+      )
       if (fs.lstatSync(parent, { throwIfNoEntry: false })?.isDirectory() === false) fs.rmSync(parent)
     }
     fs.mkdirSync(join(file, ".."), { recursive: true })
   }
-  const stat = fs.lstatSync(parentIsReal(directory, name) ? file : join(directory, "\0none".slice(1)), { throwIfNoEntry: false })
+  const stat = fs.lstatSync(parentIsReal(directory, name) ? file : join(directory, "\0none".slice(1)), {
+    throwIfNoEntry: false,
+  })
   const kind = random.next(20)
   if (kind < 7) {
     clear()
@@ -69,11 +76,15 @@ function edit(directory: string, random: Random, content: string): void {
     fs.mkdirSync(file, { recursive: true })
   } else if (kind === 17 && stat?.isFile()) fs.writeFileSync(file, fs.readFileSync(file))
   else if (kind === 18 && stat?.isFile()) fs.utimesSync(file, 1e9, 1e9)
-  else if (kind === 19 && random.next(3) === 0) fs.writeFileSync(join(directory, ".gitignore"), random.pick(RULES))
+  else if (kind === 19 && random.next(3) === 0)
+    fs.writeFileSync(join(directory, ".gitignore"), random.pick(RULES))
 }
 
 function parentIsReal(directory: string, name: string): boolean {
-  const parents = name.split("/").slice(0, -1).map((_, at, parts) => join(directory, parts.slice(0, at + 1).join("/")))
+  const parents = name
+    .split("/")
+    .slice(0, -1)
+    .map((_, at, parts) => join(directory, parts.slice(0, at + 1).join("/")))
   return parents.every((parent) => fs.lstatSync(parent, { throwIfNoEntry: false })?.isDirectory())
 }
 
@@ -109,41 +120,95 @@ function violations(outcome: Outcome): string[] {
   const names = new Set([...base.keys(), ...local.keys(), ...remote.keys(), ...after.keys()])
   return [...names].flatMap((name) => {
     const [b, l, r, now] = [base, local, remote, after].map((state) => fileOf(state, name))
-    const wrong = (rule: string) => [`${name}: ${rule} (base ${b}, here ${l}, there ${r}, now ${now}, kept ${kept[name]})`]
+    const wrong = (rule: string) => [
+      `${name}: ${rule} (base ${b}, here ${l}, there ${r}, now ${now}, kept ${kept[name]})`,
+    ]
     const keptHas = (value: string | undefined) =>
-      Object.entries(kept).some(([path, found]) => path.startsWith(name) && contentOf(found) === contentOf(value))
+      Object.entries(kept).some(
+        ([path, found]) => path.startsWith(name) && contentOf(found) === contentOf(value),
+      )
     // Directories are things of their own outside git alone.
     const wasDirectory = outcome.plain && base.get(name) === "/"
     const isNew = b === undefined && !wasDirectory
     // Below a link or file of ours git cannot say what is ignored.
-    if (isNew && !outcome.plain && blocked(outcome, name)) return now === l || now === r ? [] : wrong("new: ours or theirs")
-    if (isNew && outcome.ignored.has(name)) return now === l || now === r ? [] : wrong("ignored files stay as they are")
+    if (isNew && !outcome.plain && blocked(outcome, name))
+      return now === l || now === r ? [] : wrong("new: ours or theirs")
+    if (isNew && outcome.ignored.has(name))
+      return now === l || now === r ? [] : wrong("ignored files stay as they are")
     const [edited, changed] = [contentOf(l) !== contentOf(b), contentOf(r) !== contentOf(b)]
-    if (edited && l !== undefined && contentOf(now) !== contentOf(l)) return wrong("what was written here stays")
-    if (edited && l === undefined && now !== undefined && !(outcome.again && now === r) && contentOf(l) !== contentOf(r)) return wrong("what was deleted here stays deleted")
+    if (edited && l !== undefined && contentOf(now) !== contentOf(l))
+      return wrong("what was written here stays")
+    if (
+      edited &&
+      l === undefined &&
+      now !== undefined &&
+      !(outcome.again && now === r) &&
+      contentOf(l) !== contentOf(r)
+    )
+      return wrong("what was deleted here stays deleted")
     if (!changed && contentOf(now) !== contentOf(l)) return wrong("what only we changed stays")
-    if (!changed && !edited && bitOf(l) === bitOf(b) && b !== undefined && r !== undefined && l !== undefined && whole && bitOf(now) !== bitOf(r))
+    if (
+      !changed &&
+      !edited &&
+      bitOf(l) === bitOf(b) &&
+      b !== undefined &&
+      r !== undefined &&
+      l !== undefined &&
+      whole &&
+      bitOf(now) !== bitOf(r)
+    )
       return wrong("the executable bit follows the side that changed it")
-    if (bitOf(l) !== bitOf(b) && b !== undefined && l !== undefined && now !== undefined && bitOf(r) === bitOf(b) && bitOf(now) !== bitOf(l))
+    if (
+      bitOf(l) !== bitOf(b) &&
+      b !== undefined &&
+      l !== undefined &&
+      now !== undefined &&
+      bitOf(r) === bitOf(b) &&
+      bitOf(now) !== bitOf(l)
+    )
       return wrong("an executable bit changed here stays")
     if (!whole || !changed) return []
-    if (r !== undefined && contentOf(now) !== contentOf(r) && !keptHas(r)) return wrong("what was written there is here, or kept")
-    if (r !== undefined && !edited && local.get(name) !== "/" && !wasDirectory && contentOf(now) !== contentOf(r) && !blocked(outcome, name)) return wrong("what only they changed follows")
-    if (r === undefined && outcome.deletions && !edited && now !== undefined && bitOf(l) === bitOf(b)) return wrong("what only they deleted goes")
+    if (r !== undefined && contentOf(now) !== contentOf(r) && !keptHas(r))
+      return wrong("what was written there is here, or kept")
+    if (
+      r !== undefined &&
+      !edited &&
+      local.get(name) !== "/" &&
+      !wasDirectory &&
+      contentOf(now) !== contentOf(r) &&
+      !blocked(outcome, name)
+    )
+      return wrong("what only they changed follows")
+    if (r === undefined && outcome.deletions && !edited && now !== undefined && bitOf(l) === bitOf(b))
+      return wrong("what only they deleted goes")
     return []
   })
 }
 
 /** Whether something of ours is in the way: a file, or a link, where theirs needs a directory. */
 function blocked({ local, after }: Outcome, name: string): boolean {
-  const parents = name.split("/").slice(0, -1).map((_, at, parts) => parts.slice(0, at + 1).join("/"))
+  const parents = name
+    .split("/")
+    .slice(0, -1)
+    .map((_, at, parts) => parts.slice(0, at + 1).join("/"))
   const isFile = (state: State) => parents.some((parent) => fileOf(state, parent) !== undefined)
   return isFile(local) || isFile(after)
 }
 
 // ── Runs ───
 
-type Project = { cwd: string; plain: boolean; here: string; there: () => string; random: Random; steps: number; runs: number; kills: number; leftovers: Set<string>; said: string }
+type Project = {
+  cwd: string
+  plain: boolean
+  here: string
+  there: () => string
+  random: Random
+  steps: number
+  runs: number
+  kills: number
+  leftovers: Set<string>
+  said: string
+}
 
 let count = 0
 const fresh = (side: string): string => `${side}${String(++count).padStart(8, "0")}`
@@ -159,14 +224,31 @@ function edits(project: Project, side: "here" | "there"): void {
 const rulesOf = async (lab: Lab, project: Project, names: Iterable<string>): Promise<Set<string>> => {
   if (project.plain) return new Set()
   const real = [...names].filter((name) => parentIsReal2(project.here, name))
-  const asked = new Set(real.flatMap((name) => [name, ...name.split("/").slice(0, -1).map((_, at, parts) => `${parts.slice(0, at + 1).join("/")}/`)]))
+  const asked = new Set(
+    real.flatMap((name) => [
+      name,
+      ...name
+        .split("/")
+        .slice(0, -1)
+        .map((_, at, parts) => `${parts.slice(0, at + 1).join("/")}/`),
+    ]),
+  )
   const found = await ignoredBy(lab, project.cwd, asked)
-  return new Set(real.filter((name) => found.has(name) || name.split("/").some((_, at, parts) => at > 0 && found.has(`${parts.slice(0, at).join("/")}/`))))
+  return new Set(
+    real.filter(
+      (name) =>
+        found.has(name) ||
+        name.split("/").some((_, at, parts) => at > 0 && found.has(`${parts.slice(0, at).join("/")}/`)),
+    ),
+  )
 }
 
 /** No link or file here above a name: git refuses to look beyond links. */
 function parentIsReal2(directory: string, name: string): boolean {
-  const parents = name.split("/").slice(0, -1).map((_, at, parts) => join(directory, parts.slice(0, at + 1).join("/")))
+  const parents = name
+    .split("/")
+    .slice(0, -1)
+    .map((_, at, parts) => join(directory, parts.slice(0, at + 1).join("/")))
   return parents.every((parent) => fs.lstatSync(parent, { throwIfNoEntry: false })?.isDirectory() ?? true)
 }
 
@@ -177,7 +259,9 @@ async function compareSides(lab: Lab, project: Project): Promise<State> {
   const belongs = ([name, value]: [string, string]) => !ignored.has(name) && (project.plain || value !== "/")
   const extra = ([name]: [string, string]) =>
     fileOf(here, name) !== undefined || (project.plain && here.has(name)) || !wasIgnored(project, name)
-  expect(Object.fromEntries([...there].filter(belongs).filter(extra))).toEqual(Object.fromEntries([...here].filter(belongs)))
+  expect(Object.fromEntries([...there].filter(belongs).filter(extra))).toEqual(
+    Object.fromEntries([...here].filter(belongs)),
+  )
   return new Map([...there].filter(([name]) => here.has(name) && !ignored.has(name)))
 }
 
@@ -192,20 +276,27 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
   const earlier = pending && { ...pending, local: treeOf(here) }
   const mark = `/tmp/fuzz-${process.pid}-${++count}`
   const script = `touch ${mark}.at; until [ -e ${mark}.go ]; do sleep 0.02; done`
-  const running = lab.client.spawn(lab.argv(script, { options: ["--allow-mass-delete"] }), { cwd, timeout: 60_000 })
+  const running = lab.client.spawn(lab.argv(script, { options: ["--allow-mass-delete"] }), {
+    cwd,
+    timeout: 60_000,
+  })
   running.end()
   project.runs++
   const ended = running.result
   await Promise.race([appears(lab.host.outside(`${mark}.at`)), ended])
-  if (!fs.existsSync(lab.host.outside(`${mark}.at`))) throw new Error(`the command did not start: ${(await ended).stderr}`)
+  if (!fs.existsSync(lab.host.outside(`${mark}.at`)))
+    throw new Error(`the command did not start: ${(await ended).stderr}`)
   if (earlier) {
     project.said += `recovered: ${running.stderr}`
     const after = treeOf(here)
     const ignored = await rulesOf(lab, project, earlier.remote.keys())
     for (const name of ignored) if (!earlier.base.has(name)) project.leftovers.add(name)
-    for (const name of earlier.remote.keys()) if (!earlier.base.has(name) && wasIgnored(project, name)) ignored.add(name)
+    for (const name of earlier.remote.keys())
+      if (!earlier.base.has(name) && wasIgnored(project, name)) ignored.add(name)
     const kept = { ...earlier.kept, ...since(before, conflictsOf(here)) }
-    expect(violations({ ...earlier, after, kept, ignored, plain: project.plain, whole: true, again: true })).toEqual([])
+    expect(
+      violations({ ...earlier, after, kept, ignored, plain: project.plain, whole: true, again: true }),
+    ).toEqual([])
   }
   const base = await compareSides(lab, project)
   const keptBefore = conflictsOf(here)
@@ -229,12 +320,20 @@ async function round(lab: Lab, project: Project, pending: Pending): Promise<Pend
   for (const name of remote.keys()) if (!base.has(name) && wasIgnored(project, name)) ignored.add(name)
   const whole = result.code !== 137
   expect(result.stderr).not.toContain("this is a bug")
-  expect(violations({ base, local, remote, after, kept, ignored, plain: project.plain, deletions: true, whole })).toEqual([])
+  expect(
+    violations({ base, local, remote, after, kept, ignored, plain: project.plain, deletions: true, whole }),
+  ).toEqual([])
   if (!whole) {
-    const done = [...after, ...[...base.keys()].filter((name) => !after.has(name)).map((name) => [name, undefined] as const)]
+    const done = [
+      ...after,
+      ...[...base.keys()].filter((name) => !after.has(name)).map((name) => [name, undefined] as const),
+    ]
     const settled = new Map<string, string>(base)
     for (const [name, value] of done)
-      if (value === remote.get(name)) value === undefined ? settled.delete(name) : settled.set(name, value)
+      if (value === remote.get(name)) {
+        if (value === undefined) settled.delete(name)
+        else settled.set(name, value)
+      }
     return { base: settled, remote, deletions: true, kept }
   }
   expect(result.code === 254 || (result.code === 0 && Object.keys(kept).length === 0)).toBe(true)
@@ -263,15 +362,33 @@ test.concurrent.each([
   ["a plain directory", true],
 ])("random edits on both sides of %s", async (name, plain) => {
   const cwd = plain ? "/root/plain" : "/root/git"
-  const setup = plain ? "" : `git init -q; printf '*.o\\ncache/\\n' >.gitignore; git add -A; git commit -qm first`
-  expect(await lab.client.run(["/bin/sh", "-ec", `mkdir ${cwd}; cd ${cwd}; ${setup}`])).toMatchObject({ code: 0 })
+  const setup = plain
+    ? ""
+    : `git init -q; printf '*.o\\ncache/\\n' >.gitignore; git add -A; git commit -qm first`
+  expect(await lab.client.run(["/bin/sh", "-ec", `mkdir ${cwd}; cd ${cwd}; ${setup}`])).toMatchObject({
+    code: 0,
+  })
   const random = randomOf(SEED + (plain ? 1 : 0))
-  const project: Project = { cwd, plain, here: lab.client.outside(cwd), there: () => lab.remote(cwd), random, steps: 0, runs: 0, kills: 0, leftovers: new Set(), said: "" }
+  const project: Project = {
+    cwd,
+    plain,
+    here: lab.client.outside(cwd),
+    there: () => lab.remote(cwd),
+    random,
+    steps: 0,
+    runs: 0,
+    kills: 0,
+    leftovers: new Set(),
+    said: "",
+  }
   let pending: Pending
   try {
-    for (const end = Date.now() + SECONDS * 1000; Date.now() < end; ) {
+    for (const end = Date.now() + SECONDS * 1000; Date.now() < end;) {
       pending = await round(lab, project, pending)
-      fs.rmSync(join(project.here, plain ? ".edict-conflicts" : ".git/edict/conflicts"), { recursive: true, force: true })
+      fs.rmSync(join(project.here, plain ? ".edict-conflicts" : ".git/edict/conflicts"), {
+        recursive: true,
+        force: true,
+      })
     }
     await lab.edict(cwd, ":", { options: ["--allow-mass-delete"] })
     const quiet = await lab.edict(cwd, ":", { options: ["--allow-mass-delete"] })
@@ -279,9 +396,10 @@ test.concurrent.each([
     await compareSides(lab, project)
     expectNothingLeft(project.here)
   } catch (error) {
-    console.error(`${name}: FUZZ_SEED=${SEED}, run ${project.runs}, step ${project.steps}\n${project.said.slice(-3000)}`)
+    console.error(
+      `${name}: FUZZ_SEED=${SEED}, run ${project.runs}, step ${project.steps}\n${project.said.slice(-3000)}`,
+    )
     throw error
   }
   console.log(`${name}: seed ${SEED}, ${project.runs} runs, ${project.kills} killed, ${project.steps} edits`)
 })
-void EDICT

@@ -69,7 +69,9 @@ export async function startLab(
   program: string[] = [EDICT],
   first: "with a first run" | "without a first run" = "with a first run",
 ): Promise<Lab> {
-  const machines = await Promise.all(hosts.map((options, at) => startHost({ name: `h${at || ""}`, ...options })))
+  const machines = await Promise.all(
+    hosts.map((options, at) => startHost({ name: `h${at || ""}`, ...options })),
+  )
   const client = await startClient({ hosts: machines })
   const added = await Promise.all(
     [client, ...machines].map((machine) => machine.sh("echo sync >/tmp/sync && nix-store --add /tmp/sync")),
@@ -146,7 +148,10 @@ export function describe(directory: string, name: string): string | undefined {
 }
 
 function expectContents(directory: string, contents: Contents, where: string): void {
-  const wanted = Object.entries(contents).map(([name, what]) => [name, what === null ? undefined : bytes(what)])
+  const wanted = Object.entries(contents).map(([name, what]) => [
+    name,
+    what === null ? undefined : bytes(what),
+  ])
   const found = Object.keys(contents).map((name) => [name, describe(directory, bytes(name))])
   expect({ [where]: Object.fromEntries(found) }).toEqual({ [where]: Object.fromEntries(wanted) })
 }
@@ -156,9 +161,20 @@ const bytes = (text: string): string => Buffer.from(text).toString("latin1")
 /** Runs one case in a project of its own. */
 export async function runCase(lab: Lab, item: Case): Promise<void> {
   const cwd = `/root/${item.directory ?? item.name.replace(/[^A-Za-z0-9]+/g, "-").slice(0, 40)}`
-  const made = await lab.client.run(["/bin/sh", "-ec", `mkdir "$1"; cd "$1"; ${item.plain ? "" : "git init -q"}`, "sh", cwd])
+  const made = await lab.client.run([
+    "/bin/sh",
+    "-ec",
+    `mkdir "$1"; cd "$1"; ${item.plain ? "" : "git init -q"}`,
+    "sh",
+    cwd,
+  ])
   expect(made.stderr).toBe("")
-  if (item.setup) await script(lab.client, cwd, `${item.setup}${item.plain ? "" : "\ngit add -A; git commit -qm first --allow-empty"}`)
+  if (item.setup)
+    await script(
+      lab.client,
+      cwd,
+      `${item.setup}${item.plain ? "" : "\ngit add -A; git commit -qm first --allow-empty"}`,
+    )
   for (const step of item.steps) await runStep(lab, cwd, step, item.plain ?? false)
 }
 
@@ -185,7 +201,8 @@ async function runStep(lab: Lab, cwd: string, step: Step, plain: boolean): Promi
   }
   const result = await run
   const code = step.code ?? 0
-  if (result.code !== code) throw new Error(`exit ${result.code}, not ${code}\n${result.stdout}${result.stderr}`)
+  if (result.code !== code)
+    throw new Error(`exit ${result.code}, not ${code}\n${result.stdout}${result.stderr}`)
   expect(result.stderr).not.toContain("this is a bug")
   const [here, there] = [lab.client.outside(cwd), lab.remote(cwd, host)]
   expectContents(here, step.here ?? {}, "here")
@@ -203,10 +220,13 @@ async function runStep(lab: Lab, cwd: string, step: Step, plain: boolean): Promi
 }
 
 const asBytes = (contents: Contents): Contents =>
-  Object.fromEntries(Object.entries(contents).map(([name, what]) => [bytes(name), what === null ? null : bytes(what)]))
+  Object.fromEntries(
+    Object.entries(contents).map(([name, what]) => [bytes(name), what === null ? null : bytes(what)]),
+  )
 
 /** A path of a machine, given from outside, as the machine itself sees it. */
-const insideOf = (host: Host, outside: string): string => outside.slice(host.outside("/root").length - "/root".length)
+const insideOf = (host: Host, outside: string): string =>
+  outside.slice(host.outside("/root").length - "/root".length)
 
 /** Waits until a file is there. */
 export async function appears(file: string, timeout = 30_000): Promise<void> {
@@ -228,9 +248,7 @@ export function conflictsOf(directory: string): Record<string, string> {
 
 /** Stages and locks need no hands. */
 export function expectNothingLeft(directory: string): void {
-  const left = [".git/edict/stage", ".edict-stage"].filter((name) =>
-    fs.existsSync(join(directory, name)),
-  )
+  const left = [".git/edict/stage", ".edict-stage"].filter((name) => fs.existsSync(join(directory, name)))
   const beside = [...snapshot(directory).keys()].filter((name) => name.includes(".edict-stage"))
   expect([...left, ...beside]).toEqual([])
 }
@@ -239,7 +257,9 @@ export function expectNothingLeft(directory: string): void {
 export async function expectEqual(lab: Lab, cwd: string, there: string, plain: boolean): Promise<void> {
   const [local, remote] = [snapshot(lab.client.outside(cwd)), snapshot(there)]
   const directories = (names: Map<string, string>) => [...names].filter(([, what]) => plain || what !== "/")
-  const ignored = plain ? new Set<string>() : await ignoredBy(lab, cwd, new Set([...local.keys(), ...remote.keys()]))
+  const ignored = plain
+    ? new Set<string>()
+    : await ignoredBy(lab, cwd, new Set([...local.keys(), ...remote.keys()]))
   const both = ([name]: [string, string]) => !ignored.has(name)
   expect({ there: Object.fromEntries(directories(remote).filter(both)) }).toEqual({
     there: Object.fromEntries(directories(local).filter(both)),
@@ -252,5 +272,10 @@ export async function ignoredBy(lab: Lab, cwd: string, names: Set<string>): Prom
   const argv = ["git", "check-ignore", "--no-index", "-z", "--stdin"]
   const { bytes: answer, code, stderr } = await lab.client.run(argv, { cwd, stdin })
   if (code > 1) throw new Error(stderr)
-  return new Set(Buffer.from(answer).toString("latin1").split("\0").map((name) => name.slice(2)))
+  return new Set(
+    Buffer.from(answer)
+      .toString("latin1")
+      .split("\0")
+      .map((name) => name.slice(2)),
+  )
 }
