@@ -323,8 +323,8 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
       stage(context, "sync back", () => syncBack(context, states, outcome)),
     ])
     tellChanges(context)
-    // Nix itself ends with 1 when it is interrupted.
-    const code = context.signal && outcome.exitCode !== 0 ? signalCode(context.signal) : outcome.exitCode
+    // Nix itself ends with 1 when it is interrupted; a command's own code counts.
+    const code = context.signal && outcome.exitCode === 1 ? signalCode(context.signal) : outcome.exitCode
     report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : code
     return report.exitCode
   } finally {
@@ -1947,15 +1947,6 @@ function writeManifest(file: string, manifest: Manifest): void {
 
 /** Where a path of a tree is read from: `inner` below `root`; .git comes from a copy elsewhere. */
 type Place = Readonly<{ name: Name; root: string; inner: Name; stat: Stat }>
-
-/** What belongs to `tree` now: every path with its state, hashed where the manifest does not vouch for it. */
-async function scanTree(
-  tree: Tree,
-  known: ReadonlyMap<Name, Entry> | undefined,
-  env: Env,
-): Promise<Map<Name, Source>> {
-  return sourcesOf(await listTree(tree, env), known)
-}
 
 /** The state of every path, hashed where the manifest does not vouch for it. */
 function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | undefined): Map<Name, Source> {
@@ -3962,7 +3953,9 @@ function mayDelete(context: Context, { tree, manifest }: TreeState, coming: Home
   const files = [...manifest.entries].filter(
     ([name, { type }]) => type !== "directory" && !hasGitComponent(name),
   ).length
-  const deleted = coming.changes.filter(({ what, type }) => what === "deleted" && type !== "directory").length
+  const deleted = coming.changes.filter(
+    ({ name, what, type }) => what === "deleted" && type !== "directory" && manifest.entries.has(name),
+  ).length
   const few = deleted <= MASS_DELETE_LEAST || deleted <= files * MASS_DELETE_SHARE
   if (few || coming.deletions === "ignore" || plan.options.allowMassDelete) return true
   const share = `${deleted} of ${files} files in ${shown(tree.local)}`
@@ -4112,7 +4105,8 @@ function mergeChange(work: Work, change: Change): Applied {
       ? { type: "directory", mode: change.mode & 0o777, identity: "", hash: "" }
       : arrived(work, change)
   if (!theirs) return { name, verdict: "refused", why: "did not arrive as what it was named" }
-  if (blocked && change.type === "directory") return { name, verdict: "same" }
+  if (blocked && change.type === "directory")
+    return { name, verdict: "same", entry: work.directories ? theirs : undefined }
   if (blocked) return conflict(work, change, theirs, blocked)
   if (change.type === "directory") return applyDirectory(work, change, theirs)
   const target = `${work.root}/${name}`
@@ -4340,7 +4334,8 @@ function applyDirectory(work: Work, change: Change, theirs: Entry): Applied {
     const before = work.base.get(name)
     const removed = before && applyDeletion(work, { ...change, what: "deleted", type: before.type })
     const why = removed?.why ?? "is a directory there and something else here"
-    if (lstat(target)) return work.inner.has(name) ? { name, verdict: "same" } : conflict(work, change, theirs, why)
+    if (lstat(target))
+      return work.inner.has(name) ? { name, verdict: "same", entry } : conflict(work, change, theirs, why)
   }
   fs.mkdirSync(buffer(target), { recursive: true })
   return { name, verdict: "applied", counts: work.inner.has(name) ? undefined : "counts", entry }
@@ -6166,6 +6161,12 @@ function systemsOf({ host, facts }: Probe): string[] {
   )
 }
 
+/** The same for people: without the x86_64-v3-linux and the like that Nix adds. */
+const shownSystems = (probe: Probe): string[] =>
+  systemsOf(probe)
+    .filter((system) => !/^x86_64-v\d-/.test(system) || probe.host.systems.length > 0)
+    .map(shown)
+
 /** System features of a host: the config's word, with the mandatory ones, else Nix's own settings there. */
 function featuresOf({ host, facts }: Probe): string[] {
   const named = [...new Set([...host.features, ...host.mandatoryFeatures])]
@@ -6248,7 +6249,7 @@ function whyNot(
   if (error !== undefined) return "does not answer"
   if ((facts.get("nix") ?? "") === "") return facts.has("end") ? "has no Nix" : "answers too slowly"
   const systems = systemsOf(probe)
-  if (!systems.includes(need.system)) return `is for ${systems.map(shown).join(", ") || "no system"}`
+  if (!systems.includes(need.system)) return `is for ${shownSystems(probe).join(", ") || "no system"}`
   const features = featuresOf(probe)
   const lacking = need.features.filter((feature) => !features.includes(feature))
   if (lacking.length > 0) return `lacks ${lacking.map(shown).join(", ")}`
@@ -6295,7 +6296,7 @@ async function listHosts(config: Config, options: Options, env: Env): Promise<nu
     const own = [
       host.name,
       addressOf(probe),
-      list(systemsOf(probe)),
+      list(shownSystems(probe)),
       list(featuresOf(probe)),
       String(host.speed),
       list(host.tags),
@@ -6469,7 +6470,9 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
         ),
     ok(`login shell ${facts.get("shell") || "unknown"}`),
     examineNix(facts, { nix, isTooOld: isBefore(4), install: over("curl -L https://nixos.org/nix/install | sh") }),
-    facts.get("rsync") ? ok(facts.get("rsync")!) : problem("no rsync there", install("rsync")),
+    facts.get("rsync")
+      ? ok(facts.get("rsync")!.replace(/\s+/g, " "))
+      : problem("no rsync there", install("rsync")),
     facts.get("git")
       ? ok(facts.get("git")!)
       : isBefore(20)
@@ -6479,10 +6482,6 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
       ? problem(`no ${missing.join(", ")} there`, "install coreutils, findutils, diffutils, gawk, gnused, gnutar there")
       : ok("the usual tools are there"),
     facts.has("tool.ps") ? [] : warning("no ps there: what outlives its parent may not be ended", "install procps there"),
-    ok(`builds for ${systemsOf(probe).join(", ") || "?"}${featuresOf(probe).length > 0 ? ` with ${featuresOf(probe).join(", ")}` : ""}`),
-    facts.get("set.sandbox") === "false"
-      ? warning("builds run without a sandbox", "sandbox = true in its nix.conf")
-      : ok(`sandbox ${facts.get("set.sandbox") ?? "?"}`),
     facts.has("writable")
       ? space("free.trees", `trees, ${mebi(facts.get("used") || "0")} used in ${host.directory}`, `edict --clean ${shellQuote(host.name)}`)
       : problem(`cannot write to ${host.directory} there`, `directory = "…" in [hosts.${host.name}]`),
@@ -6493,17 +6492,29 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
           over("timedatectl set-ntp true"),
         )
       : ok("its clock is right"),
+    nix ? [...examineSettings(probe, isTrusted), ...examineResults(probe, store)] : [],
+    agent && !env.SSH_AUTH_SOCK
+      ? warning("the agent is to be forwarded, but none runs here", 'eval "$(ssh-agent)" && ssh-add')
+      : ok(agent ? "the ssh agent is forwarded" : "the ssh agent stays here"),
+  ].flat()
+}
+
+/** How Nix over there is set up. */
+function examineSettings(probe: Probe, isTrusted: boolean): Finding[] {
+  const { facts } = probe
+  const features = featuresOf(probe).join(", ")
+  return [
+    ok(`builds for ${shownSystems(probe).join(", ") || "?"}${features ? ` with ${features}` : ""}`),
+    facts.get("set.sandbox") === "false"
+      ? warning("builds run without a sandbox", "sandbox = true in its nix.conf")
+      : ok(`sandbox ${facts.get("set.sandbox") ?? "?"}`),
     ok(
       isTrusted
         ? "this user is trusted by the store there"
         : "this user is not trusted by the store there; edict does not need it",
     ),
-    examineResults(probe, store),
     ok(`substituters ${facts.get("set.substituters") || "none"}`),
-    agent && !env.SSH_AUTH_SOCK
-      ? warning("the agent is to be forwarded, but none runs here", 'eval "$(ssh-agent)" && ssh-add')
-      : ok(agent ? "the ssh agent is forwarded" : "the ssh agent stays here"),
-  ].flat()
+  ]
 }
 
 /** Nix over there: whether, where, which, and its flakes. */

@@ -1187,9 +1187,9 @@ describe("what needs more than a script", () => {
     void running.result.then(() => (ended = true))
     const pid = await running.pid()
     while (!ended) {
-      const status = fs.existsSync(`/proc/${pid}/status`)
-        ? fs.readFileSync(`/proc/${pid}/status`, "utf8")
-        : ""
+      const status = await Bun.file(`/proc/${pid}/status`)
+        .text()
+        .catch(() => "")
       most = Math.max(most, Number(/VmHWM:\s*(\d+)/.exec(status)?.[1] ?? 0))
       await Bun.sleep(20)
     }

@@ -248,12 +248,19 @@ export class Client extends Machine {
 
 /** Starts a remote machine. Several at once: `Promise.all`. */
 export async function startHost(options: HostOptions): Promise<Host> {
-  return Host.start(options)
+  return withStore(await Host.start(options), options.nix ?? "2.8")
 }
 
 /** Starts the machine of the user, who can ssh to the hosts. */
 export async function startClient(options: ClientOptions): Promise<Client> {
-  return Client.start(options)
+  return withStore(await Client.start(options), options.nix ?? "2.8")
+}
+
+/** Initialises the store: of two Nix 2.8 that do it at the same time, one may fail. */
+async function withStore<T extends Host | Client>(machine: T, nix: NixVersion | "none"): Promise<T> {
+  const paths = "PATH=$PATH:/nix/var/nix/profiles/default/bin"
+  if (nix !== "none") await machine.sh(`${paths} nix-store --init || :`)
+  return machine
 }
 
 // ── Settings of a machine ───
