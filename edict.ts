@@ -6208,9 +6208,9 @@ async function pickHost(
       say(`pick: ${shown(host.name)} ${why ?? `fits ${system}, load ${load.toFixed(2)} at speed ${host.speed}`}`)
   const best = ranked.find(({ why }) => why === undefined)
   if (best) return best.host
-  const need = [system, ...options.features].map(shown).join(" with ")
+  const need = options.features.length > 0 ? ` with ${options.features.map(shown).join(", ")}` : ""
   throw new EdictError(
-    `no host fits ${need}: ${ranked.map(({ host, why }) => `${shown(host.name)} ${why}`).join("; ")}`,
+    `no host fits ${shown(system)}${need}: ${ranked.map(({ host, why }) => `${shown(host.name)} ${why}`).join("; ")}`,
     "edict --hosts   # or name a host without --pick",
   )
 }
@@ -6650,12 +6650,13 @@ export function completionScript(shell: string): string {
 }
 
 const BASH_COMPLETION = sh`
-# The words that begin as the current one does. Bash replaces only what stands behind the last : = or @ of a word.
+# The words that begin as the current one does. Bash replaces only what stands behind the last : or = of a word, or
+# from its last @ on.
 _edict_offer() {
   local word cut=
   if [ -n "$\{COMP_LINE-}" ]; then
     local breaks=$\{COMP_WORDBREAKS//[!:=@]/}
-    if [ -n "$breaks" ]; then cut=$\{current%"$\{current##*["$breaks"]}"}; fi
+    if [ -n "$breaks" ]; then cut=$\{current%"$\{current##*["$breaks"]}"} cut=$\{cut%@}; fi
   fi
   for word; do
     case $word in "$current"*) COMPREPLY+=("$\{word#"$cut"}") ;; esac
@@ -6785,7 +6786,7 @@ if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _edict "$@"; else compdef _
 const FISH_COMPLETION = sh`
 # What can stand at the cursor: an option's value, an option or a host, or a word of the command.
 function __edict_complete
-    set -l words (commandline -opc) (commandline -ct | string collect -a)
+    set -l words (commandline -opc) (commandline -ct)
     set -l last (count $words)
     set -l at 2
     set -l hosts

@@ -71,7 +71,7 @@ type Attack = {
   options?: string[]
   code?: number
   says?: RegExp[]
-  /** Paths that may change here, with their contents; everything else must stay as it is. */
+  /** Paths that may change here, with their contents (@ is the directory above); all else must stay as it is. */
   here?: Record<string, string>
   gone?: string[]
   kept?: Record<string, string>
@@ -79,8 +79,6 @@ type Attack = {
 }
 
 const EVIL = "#!/bin/sh -p\nunset file\necho pwned >/tmp/pwned\n"
-const STORE_LINK = "/nix/store/00000000000000000000000000000000-evil"
-
 const gitNames = [".git/hooks/post-checkout", ".git/config", ".git"]
 const refusedNames = [
   "../x",
@@ -176,6 +174,15 @@ const attacks: Attack[] = [
     members: [{ name: "zz", type: "link", link: "../victim" }],
     code: 254,
     here: { zz: "-> ../victim" },
+    says: [/zz\/keep did not arrive/],
+  },
+  {
+    name: "74g an absolute link out of the tree, and a name through it that exists here",
+    links: ["zz"],
+    names: ["zz/keep"],
+    members: [{ name: "zz", type: "link", link: "@/victim" }],
+    code: 254,
+    here: { zz: "-> @/victim" },
     says: [/zz\/keep did not arrive/],
   },
   {
@@ -385,10 +392,11 @@ if [ -e "$evil/on" ] && [ -e "$evil/tar" ] && [ "$1" = -cf ]; then
   if [ -e "$evil/endless" ]; then exec yes; fi
 else exec "$real" "$@"; fi`,
   readlink: `if [ -e "$1" ] || [ -L "$1" ]; then exec "$real" "$@"; fi
-case $1 in */zz) echo ../victim ;; *) echo ${STORE_LINK} ;; esac`,
+case $1 in */zz) echo ../victim ;; *) cat /tmp/evil/store ;; esac`,
 }
 
 async function installPrograms(lab: Lab): Promise<void> {
+  await lab.host.sh(`mkdir -p /tmp/evil && echo ${lab.store} >/tmp/evil/store`)
   for (const [name, text] of Object.entries(PROGRAMS)) {
     const script = `#!/bin/sh\nreal=/run/lab/usr/bin/${name}\n${text}\n`
     const result = await lab.host.sh(`cat >/usr/local/bin/${name} && chmod +x /usr/local/bin/${name}`, {
@@ -448,7 +456,9 @@ async function attack(lab: Lab, item: Attack, at: number): Promise<void> {
   fs.writeFileSync(join(evil, "listing"), listed.join(""))
   fs.writeFileSync(join(evil, "links"), names.map(({ path }, index) => `1/${index}/1.0/./${path}\n`).join(""))
   if (item.members) {
-    const tar = tarOf(item.members)
+    const tar = tarOf(
+      item.members.map((member) => ({ ...member, link: member.link?.replace("@", home) ?? "" })),
+    )
     const bomb = item.members.some(({ size }) => size !== undefined)
     fs.writeFileSync(join(evil, "tar"), bomb ? tar.subarray(0, -1024) : tar)
     if (item.members.some(({ size }) => size === 2 ** 33 - 1)) fs.writeFileSync(join(evil, "endless"), "")
@@ -476,7 +486,7 @@ async function attack(lab: Lab, item: Attack, at: number): Promise<void> {
   expect(changed.filter((path) => !allowed.has(path) && !parents.has(path))).toEqual([])
   const contents = snapshot(here)
   for (const [path, text] of Object.entries(item.here ?? {}))
-    expect(`${path}: ${contents.get(bytes(path)) ?? ""}`).toBe(`${path}: ${text}`)
+    expect(`${path}: ${contents.get(bytes(path)) ?? ""}`).toBe(`${path}: ${text.replace("@", home)}`)
   expect(conflictsOf(here)).toEqual(item.kept ?? {})
   expect(fs.existsSync(lab.client.outside("/tmp/pwned"))).toBe(false)
   const special = await lab.client.sh(
