@@ -336,15 +336,7 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
 // Looks nothing up. Options stand before HOST; the first word that is none ends them.
 
 const SSH_VALUE_OPTIONS = ["o", "p", "i", "F", "J"] as const
-const VALUE_OPTIONS = [
-  "report",
-  "config",
-  "system",
-  "features",
-  "jobs",
-  "completion",
-  "link-suffix",
-] as const
+const VALUE_OPTIONS = ["report", "config", "system", "features", "jobs", "completion", "link-suffix"] as const
 const VALUE_WORD = new RegExp(`^(--(?:${VALUE_OPTIONS.join("|")}))(?:=(.*))?$`, "s")
 const FLAG_OPTIONS = [
   "hosts",
@@ -709,7 +701,8 @@ export function parseMachines(text: string, from: MachinesFile): Record<string, 
     const line = raw.replace(/#.*/, "").trim()
     if (line.startsWith("@")) {
       const other = path.resolve(path.dirname(file), line.slice(1).trim())
-      const found = depth < 10 ? parseMachines(include(other) ?? "", { file: other, include, depth: depth + 1 }) : {}
+      const found =
+        depth < 10 ? parseMachines(include(other) ?? "", { file: other, include, depth: depth + 1 }) : {}
       for (const [name, host] of Object.entries(found)) add(name, host)
     } else if (line !== "") {
       const machine = parseMachine(line, file)
@@ -729,12 +722,17 @@ function parseMachine(line: string, file: string): [name: string, host: HostConf
     : !uri.includes("/") && !/^(auto|daemon|local)(\?|$)/.test(uri)
   if (uri === "" || !isHost) return undefined
   const wrong = (what: string, allowed: string, value: string) =>
-    new EdictError(`${file}: ${shown(uri)}: ${what} must be ${allowed}, not ${shown(value)}`, "- for the default")
+    new EdictError(
+      `${file}: ${shown(uri)}: ${what} must be ${allowed}, not ${shown(value)}`,
+      "- for the default",
+    )
   const address = uri.replace(/\?.*$/, "")
   if (!isAddress(address)) throw wrong("the URI", "ssh://[user@]host[:port]", uri)
   if (jobs && !/^\d+$/.test(jobs)) throw wrong("the fourth field (jobs)", "a whole number", jobs)
   if (speed && !(Number(speed) >= 0)) throw wrong("the fifth field (speed)", "a number", speed)
-  const publicKey = Buffer.from(hostKey ?? "", "base64").toString("utf8").trim()
+  const publicKey = Buffer.from(hostKey ?? "", "base64")
+    .toString("utf8")
+    .trim()
   if (hostKey && !/^[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\n]*)?$/.test(publicKey))
     throw wrong("the eighth field (host key)", "a line of known_hosts without the name, in base64", hostKey)
   const list = (field: string | undefined) => (field ? field.split(",").filter((item) => item !== "") : [])
@@ -1427,13 +1425,10 @@ export function makePlan(
     needed: findTree(reference, { scanned, cwd }),
   }))
   const implicit = scanned.implicit === "none" ? undefined : neededByDefault(scanned.implicit, cwd, program!)
-  const flakes = [
-    ...needs.filter(({ reference }) => reference.kind === "flake").map(({ needed }) => needed),
-    ...(scanned.implicit === "flake" ? [implicit] : []),
-  ]
-  const stateful =
-    options.sync === "always" ||
-    (options.sync === "auto" && flakes.some((flake) => flake && isWithin(cwd, flake.local)))
+  const flakes = needs.filter(({ reference }) => reference.kind === "flake").map(({ needed }) => needed)
+  const passed = [...flakes, scanned.implicit === "flake" ? implicit : undefined]
+  const isInside = passed.some((flake) => flake !== undefined && isWithin(cwd, flake.local))
+  const stateful = options.sync === "always" || (options.sync === "auto" && isInside)
   const repository = gitRootOf(cwd)
   const here: Needed = { local: repository ?? cwd, kind: repository ? "git" : "directory", history: "head" }
   const root = clientRoot(where)
@@ -2571,7 +2566,17 @@ async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
   const saved = readManifest(file)
   const unsettled = readManifest(`${file}.next`)
   const isDated = tree.kind !== "directory" || saved?.newest === newestOf(tree, places)
-  if (saved && isDated && fingerprint !== undefined && saved.fingerprint === fingerprint) return { manifest: saved, unsettled, places, fingerprint, isSame: true, get sources() { return sourcesOf(places, saved.entries) } }
+  if (saved && isDated && fingerprint !== undefined && saved.fingerprint === fingerprint)
+    return {
+      manifest: saved,
+      unsettled,
+      places,
+      fingerprint,
+      isSame: true,
+      get sources() {
+        return sourcesOf(places, saved.entries)
+      },
+    }
   const sources = sourcesOf(places, saved?.entries)
   const manifest = saved && { ...saved, pruned: await stillIgnored({ tree, manifest: saved }, sources) }
   return { manifest, unsettled, places, fingerprint, isSame: false, sources }
@@ -2717,7 +2722,8 @@ async function openTree(
   ]
   const answer = await context.session!.askBytes("tree", ...words)
   const state = answer.find((line) => /^s (same|drifted|interrupted|discarded|fresh) /.test(line))?.split(" ")
-  if (!state) throw new EdictError(`${context.plan.host.name} gave an answer that is none, on ${shown(tree.local)}`)
+  if (!state)
+    throw new EdictError(`${context.plan.host.name} gave an answer that is none, on ${shown(tree.local)}`)
   return {
     state: state[1] as Opened["state"],
     token: state[2]!,
@@ -2922,7 +2928,9 @@ async function runCommand(context: Context, trees: readonly Tree[]): Promise<Out
     COMMAND_SCRIPT,
     watched,
     directories,
-    knownResults(plan).map((known) => `${known}\n`).join(""),
+    knownResults(plan)
+      .map((known) => `${known}\n`)
+      .join(""),
     ...encodeCommand(plan),
   )
   context.running = true
@@ -3274,7 +3282,9 @@ async function streamPaths(
     ...(compress ? [[compress, "-d", "-c"]] : []),
     ...(progress.counter ? [progress.counter] : []),
     // sudo has a PATH of its own.
-    way === "sudo" ? ["sudo", Bun.which("nix-store", { PATH: context.env.PATH ?? "" })!, "--import"] : ["nix-store", "--import"],
+    way === "sudo"
+      ? ["sudo", Bun.which("nix-store", { PATH: context.env.PATH ?? "" })!, "--import"]
+      : ["nix-store", "--import"],
   ]
   await execute(context, pipeline(...stages), {
     input: Buffer.from(`${encodeScript(script)}\n`),
@@ -5116,7 +5126,8 @@ async function connect(context: Context): Promise<void> {
   context.multiplexed = await openMaster(context)
   context.session = await openSession(context)
   // The agent lists known trees while they are scanned here.
-  for (const tree of context.plan.trees) if (fs.existsSync(manifestFile(context, tree))) context.session.tell("look", tree.id)
+  for (const tree of context.plan.trees)
+    if (fs.existsSync(manifestFile(context, tree))) context.session.tell("look", tree.id)
 }
 
 /** How much the agent may say in one answer: some 100 bytes for each file that the command changed. */
@@ -5146,7 +5157,8 @@ async function openSession(context: Context): Promise<Session> {
       if (plan.options.verbosity > 1) say(`> ${words.map(shortened).join(" ")}`)
       send(words)
     })
-  const encode = (words: readonly string[], encoding: "utf8" | "latin1") => words.map((word) => encodeWord(word, encoding))
+  const encode = (words: readonly string[], encoding: "utf8" | "latin1") =>
+    words.map((word) => encodeWord(word, encoding))
   const ask: Session["ask"] = (verb, ...words) => request([verb, ...encode(words, "utf8")])
   const began = performance.now()
   send([encodeScript(AGENT_SCRIPT)])
@@ -5185,13 +5197,15 @@ function answerReader(context: Context, from: { child: Child; queue: Queue }): (
       const repeated = line === ".fail an earlier step failed"
       if (!repeated) first ??= error
       queue.waiting.shift()?.reject(repeated ? (first ?? error) : error)
-    }
-    else queue.waiting[0]?.lines.push(line)
+    } else queue.waiting[0]?.lines.push(line)
   }
   return (chunk) => {
     received += chunk.length
     if (received > ANSWER_LIMIT) {
-      endQueue(queue, new EdictError(`${host.name} answers without an end: more than ${ANSWER_LIMIT >> 20} MiB`))
+      endQueue(
+        queue,
+        new EdictError(`${host.name} answers without an end: more than ${ANSWER_LIMIT >> 20} MiB`),
+      )
       return child.handle.kill("SIGKILL")
     }
     const parts = chunk.includes("\n") ? (rest + chunk).split("\n") : [rest + chunk]
@@ -5568,7 +5582,9 @@ function commandError(
   const line =
     errors
       .split("\n")
-      .find((text) => /No space left|Disk quota|lacks a (valid )?signature|dubious ownership|not found/.test(text)) ??
+      .find((text) =>
+        /No space left|Disk quota|lacks a (valid )?signature|dubious ownership|not found/.test(text),
+      ) ??
     errors.split("\n").find((text) => text.startsWith("error: ")) ??
     firstLine(errors)
   const absent = /^bash: line \d+: (\S+): command not found$/m.exec(errors)?.[1]
@@ -5576,7 +5592,11 @@ function commandError(
   if (result.code === 127) return new EdictError(`no ${shown(argv[0]!)} here`, `install ${shown(argv[0]!)}`)
   const isCut = argv[0] === "rsync" && /connection unexpectedly closed|error \(code 255\)/.test(errors)
   if (host && isCut && !/No space left|Disk quota|^ssh: /m.test(errors))
-    return new EdictError(`the connection to ${host.name} was lost during the ${what}`, "run it again", SSH_FAILED)
+    return new EdictError(
+      `the connection to ${host.name} was lost during the ${what}`,
+      "run it again",
+      SSH_FAILED,
+    )
   if (host && result.code === 255) return sshError(host, result.stderr)
   const remedies: [RegExp, string][] = [
     [/No space left|Disk quota/, `free some space${where}`],
@@ -5929,7 +5949,9 @@ export function hostTable(runs: readonly HostRun[]): string {
 function alignRows(rows: readonly (readonly string[])[]): string[] {
   const count = rows[0]!.length
   const widths = rows[0]!.map((_, column) =>
-    Math.max(...rows.map((row) => (row.length === count || column < row.length - 1 ? row[column]!.length : 0))),
+    Math.max(
+      ...rows.map((row) => (row.length === count || column < row.length - 1 ? row[column]!.length : 0)),
+    ),
   )
   return rows.map((row) =>
     row
@@ -5973,8 +5995,8 @@ IFS= read -r _
 fact pong yes
 fact nix.path "$(command -v nix)"
 fact nix "$(nix --version 2>/dev/null)"
-command='--extra-experimental-features nix-command'
-{ nix $command config show 2>/dev/null || nix $command show-config 2>/dev/null; } |
+nix_command() { nix --extra-experimental-features nix-command "$@"; }
+{ nix_command config show 2>/dev/null || nix_command show-config 2>/dev/null; } |
   sed -n -E 's/^(system|extra-platforms|system-features|sandbox|substituters|experimental-features|trusted-users|secret-key-files) = /f set.\1 /p'
 fact load "$(cut -d' ' -f1 /proc/loadavg 2>/dev/null || uptime | sed 's/.*load average[s]*: *\([0-9.,]*\).*/\1/')"
 fact cpus "$(getconf _NPROCESSORS_ONLN 2>/dev/null)"
@@ -5993,7 +6015,7 @@ if [ "$depth" = doctor ]; then
   done
   fact rsync "$(rsync --version 2>/dev/null | head -n 1)"
   fact git "$(git --version 2>/dev/null)"
-  fact store "$(nix $command store info --json 2>/dev/null || nix $command store ping --json 2>/dev/null)"
+  fact store "$(nix_command store info --json 2>/dev/null || nix_command store ping --json 2>/dev/null)"
   if [ -w "$(existing "$base")" ]; then fact writable yes; fi
 fi
 fact end yes
@@ -6029,11 +6051,19 @@ async function probeHost(host: Host, env: Env, how: { depth: Depth; mayAsk?: boo
   const began = performance.now()
   const patience = (how.mayAsk ? 60 : seconds) * 1000
   const { control, errors } = await openProbeMaster(host, env, { limit, patience })
-  const asked = control === "" ? undefined : await askHost(host, { control, limit, seconds, depth: how.depth })
+  const asked =
+    control === "" ? undefined : await askHost(host, { control, limit, seconds, depth: how.depth })
   if (asked && asked.facts.has("pong")) return asked
   const left = began + patience - performance.now()
-  if (control !== "" || /timed out|refused|No route|unreachable|resolve|denied|verification/.test(errors) || left < 100)
-    return silent(host, asked?.error ?? (errors === "" ? `no answer within ${seconds} s` : sshError(host, errors).message))
+  if (
+    control !== "" ||
+    /timed out|refused|No route|unreachable|resolve|denied|verification/.test(errors) ||
+    left < 100
+  )
+    return silent(
+      host,
+      asked?.error ?? (errors === "" ? `no answer within ${seconds} s` : sshError(host, errors).message),
+    )
   return await askHost(host, { control: "", limit, seconds: left / 1000, depth: how.depth })
 }
 
@@ -6102,7 +6132,10 @@ async function askHost(
 
 /** Whether a host takes a further session in a connection that has one. */
 async function takesSessions(reach: Reach): Promise<boolean> {
-  const { stderr } = await collect([...sshArguments(reach), "exec true"], { what: "session", stdin: "ignore" })
+  const { stderr } = await collect([...sshArguments(reach), "exec true"], {
+    what: "session",
+    stdin: "ignore",
+  })
   return !/refused|disabling multiplexing|open failed/i.test(stderr)
 }
 
@@ -6170,7 +6203,9 @@ const shownSystems = (probe: Probe): string[] =>
 /** System features of a host: the config's word, with the mandatory ones, else Nix's own settings there. */
 function featuresOf({ host, facts }: Probe): string[] {
   const named = [...new Set([...host.features, ...host.mandatoryFeatures])]
-  return named.length > 0 ? named : (facts.get("set.system-features") ?? "").split(" ").filter((name) => name !== "")
+  return named.length > 0
+    ? named
+    : (facts.get("set.system-features") ?? "").split(" ").filter((name) => name !== "")
 }
 
 // ── 21. Pick: one host out of several ───────────────────────────────────────────────────────────────────
@@ -6205,7 +6240,9 @@ async function pickHost(
   const ranked = rankHosts(probes, { system, features: options.features, last: lastHost(here) })
   if (options.verbosity > 0)
     for (const { host, why, load } of ranked)
-      say(`pick: ${shown(host.name)} ${why ?? `fits ${system}, load ${load.toFixed(2)} at speed ${host.speed}`}`)
+      say(
+        `pick: ${shown(host.name)} ${why ?? `fits ${system}, load ${load.toFixed(2)} at speed ${host.speed}`}`,
+      )
   const best = ranked.find(({ why }) => why === undefined)
   if (best) return best.host
   const need = options.features.length > 0 ? ` with ${options.features.map(shown).join(", ")}` : ""
@@ -6241,10 +6278,7 @@ export function rankHosts(
 }
 
 /** Why a host cannot be picked; undefined if it can. */
-function whyNot(
-  probe: Probe,
-  need: { system: string; features: readonly string[] },
-): string | undefined {
+function whyNot(probe: Probe, need: { system: string; features: readonly string[] }): string | undefined {
   const { host, facts, error } = probe
   if (error !== undefined) return "does not answer"
   if ((facts.get("nix") ?? "") === "") return facts.has("end") ? "has no Nix" : "answers too slowly"
@@ -6289,7 +6323,13 @@ async function listHosts(config: Config, options: Options, env: Env): Promise<nu
   const probes = await Promise.all(hosts.map((host) => probeHost(host, env, { depth: "hosts" })))
   const addressOf = ({ host }: Probe) => config.hosts[host.name]?.address ?? host.name
   if (options.json)
-    return print(`${JSON.stringify(probes.map((probe) => probeAsJson(probe, addressOf(probe))), null, 2)}\n`)
+    return print(
+      `${JSON.stringify(
+        probes.map((probe) => probeAsJson(probe, addressOf(probe))),
+        null,
+        2,
+      )}\n`,
+    )
   const rows = probes.map((probe) => {
     const { host, facts, error, latency } = probe
     const list = (words: readonly string[]) => words.join(",") || "-"
@@ -6314,8 +6354,7 @@ async function listHosts(config: Config, options: Options, env: Env): Promise<nu
         : [`no: ${error}`]
     return [...own, ...live].map(shown)
   })
-  const head =
-    "name address systems features speed tags reachable latency nix free load trees".split(" ")
+  const head = "name address systems features speed tags reachable latency nix free load trees".split(" ")
   return print(`${alignRows([head, ...rows]).join("\n")}\n`)
 }
 
@@ -6450,7 +6489,11 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
     return free < SPACE.least ? problem(said, mend) : free < SPACE.low ? warning(said, mend) : ok(said)
   }
   const agent = host.sshOptions.includes("-A")
-  const names = [facts.get("user") ?? "", ...(facts.get("groups") ?? "").split(" ").map((name) => `@${name}`), "*"]
+  const names = [
+    facts.get("user") ?? "",
+    ...(facts.get("groups") ?? "").split(" ").map((name) => `@${name}`),
+    "*",
+  ]
   const isTrusted =
     /"trusted":\s*(1|true)/.test(facts.get("store") ?? "") ||
     facts.get("user") === "root" ||
@@ -6466,10 +6509,16 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
       ? ok("one connection serves every step (multiplexing)")
       : warning(
           "no multiplexing: each step connects anew",
-          over("grep -i -e MaxSessions /etc/ssh/sshd_config   # must allow some; and /tmp here must take a socket"),
+          over(
+            "grep -i -e MaxSessions /etc/ssh/sshd_config   # must allow some; and /tmp here must take a socket",
+          ),
         ),
     ok(`login shell ${facts.get("shell") || "unknown"}`),
-    examineNix(facts, { nix, isTooOld: isBefore(4), install: over("curl -L https://nixos.org/nix/install | sh") }),
+    examineNix(facts, {
+      nix,
+      isTooOld: isBefore(4),
+      install: over("curl -L https://nixos.org/nix/install | sh"),
+    }),
     facts.get("rsync")
       ? ok(facts.get("rsync")!.replace(/\s+/g, " "))
       : problem("no rsync there", install("rsync")),
@@ -6479,11 +6528,20 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
         ? problem("no git there, which this Nix needs for flakes in git", install("git"))
         : warning("no git there: commits of the command do not come home", install("git")),
     missing.length > 0
-      ? problem(`no ${missing.join(", ")} there`, "install coreutils, findutils, diffutils, gawk, gnused, gnutar there")
+      ? problem(
+          `no ${missing.join(", ")} there`,
+          "install coreutils, findutils, diffutils, gawk, gnused, gnutar there",
+        )
       : ok("the usual tools are there"),
-    facts.has("tool.ps") ? [] : warning("no ps there: what outlives its parent may not be ended", "install procps there"),
+    facts.has("tool.ps")
+      ? []
+      : warning("no ps there: what outlives its parent may not be ended", "install procps there"),
     facts.has("writable")
-      ? space("free.trees", `trees, ${mebi(facts.get("used") || "0")} used in ${host.directory}`, `edict --clean ${shellQuote(host.name)}`)
+      ? space(
+          "free.trees",
+          `trees, ${mebi(facts.get("used") || "0")} used in ${host.directory}`,
+          `edict --clean ${shellQuote(host.name)}`,
+        )
       : problem(`cannot write to ${host.directory} there`, `directory = "…" in [hosts.${host.name}]`),
     space("free.store", "its store", over("nix-collect-garbage")),
     Math.abs(skew) > 5
@@ -6525,7 +6583,8 @@ function examineNix(
   if (nix === undefined && facts.has("end"))
     return [problem("no Nix there, neither on the PATH of a non-interactive shell nor in a profile", install)]
   if (nix === undefined) return [problem("Nix there does not answer in time", "see what slows it down there")]
-  if (isTooOld) return [problem(`${nix} at ${facts.get("nix.path")} is too old: flakes came with 2.4`, install)]
+  if (isTooOld)
+    return [problem(`${nix} at ${facts.get("nix.path")} is too old: flakes came with 2.4`, install)]
   const enabled = (facts.get("set.experimental-features") ?? "").split(" ").includes("flakes")
   return [
     ok(`${nix} at ${facts.get("nix.path")}`),
@@ -6576,15 +6635,16 @@ async function cleanHosts(hosts: readonly Host[], options: Options, env: Env): P
       if (answer.code === 255) return tell(sshError(host, answer.stderr))
       if (answer.code === 3)
         return tell(
-          new EdictError(`${shown(host.name)}: nothing removed: ${lastLine(answer.stderr)}`, "again when it has ended"),
+          new EdictError(
+            `${shown(host.name)}: nothing removed: ${lastLine(answer.stderr)}`,
+            "again when it has ended",
+          ),
         )
       const size = lastLine(answer.stdout)
       if (answer.code !== 0 || !/^\d+$/.test(size))
         return tell(new EdictError(`${shown(host.name)}: not all could be removed${because(answer.stderr)}`))
       if (options.verbosity >= 0)
-        say(
-          `${shown(host.name)}: ${size === "0" ? "there was nothing to remove" : `${mebi(size)} removed`}`,
-        )
+        say(`${shown(host.name)}: ${size === "0" ? "there was nothing to remove" : `${mebi(size)} removed`}`)
       return 0
     }),
   )
@@ -6595,7 +6655,11 @@ async function cleanHosts(hosts: readonly Host[], options: Options, env: Env): P
 function hostWords(config: Config, env: Env): string {
   const names = Object.keys(config.hosts)
   const tags = names.length > 0 ? ["all", ...Object.values(config.hosts).flatMap((host) => host.tags)] : []
-  const words = [...names, ...tags.map((tag) => `@${tag}`), ...sshHosts(path.join(homeOf(env), ".ssh/config"), env)]
+  const words = [
+    ...names,
+    ...tags.map((tag) => `@${tag}`),
+    ...sshHosts(path.join(homeOf(env), ".ssh/config"), env),
+  ]
   return [...new Set(words)]
     .filter((word) => !/[\s,]/.test(word))
     .map((word) => `${word}\n`)
@@ -6643,9 +6707,18 @@ export function completionScript(shell: string): string {
     .replaceAll("@OPTIONS@", [...flags, ...withValue].toSorted().join(" "))
     .replaceAll("@VALUED@", [...ssh, ...withValue, "--link-suffix"].join(" | "))
     .replaceAll("@FISH_VALUED@", [...ssh, ...withValue, "--link-suffix"].join(" "))
-    .replaceAll("@BASH_VALUES@", cases((option, values) => `      ${option}) _edict_offer ${values} ;;`))
-    .replaceAll("@ZSH_VALUES@", cases((option, values) => `      ${option}) compadd -- ${values} ;;`))
-    .replaceAll("@FISH_VALUES@", cases((option, values) => `        case ${option}\n            printf '%s\\n' ${values}`))
+    .replaceAll(
+      "@BASH_VALUES@",
+      cases((option, values) => `      ${option}) _edict_offer ${values} ;;`),
+    )
+    .replaceAll(
+      "@ZSH_VALUES@",
+      cases((option, values) => `      ${option}) compadd -- ${values} ;;`),
+    )
+    .replaceAll(
+      "@FISH_VALUES@",
+      cases((option, values) => `        case ${option}\n            printf '%s\\n' ${values}`),
+    )
     .trimStart()
 }
 
