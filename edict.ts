@@ -327,6 +327,9 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
     const code = context.signal && outcome.exitCode === 1 ? signalCode(context.signal) : outcome.exitCode
     report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : code
     return report.exitCode
+  } catch (error) {
+    report.exitCode = error instanceof EdictError ? error.exitCode : EDICT_FAILED
+    throw error
   } finally {
     watch.dispose()
     await endContext(context)

@@ -1,16 +1,7 @@
 /** Many hosts: the machines file, picking one, running on several at once, and what is said of them. */
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test"
-import {
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readFileSync,
-  readlinkSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs"
-import { tmpdir } from "node:os"
+import { existsSync, mkdirSync, readFileSync, readlinkSync, writeFileSync } from "node:fs"
 import { join } from "node:path"
 import {
   chooseHosts,
@@ -708,6 +699,12 @@ describe("three hosts at once", () => {
       { host: "dead", state: "ended", exitCode: 255, resultLinks: [] },
     ])
     await lab().tidy()
+  })
+
+  test("the report of a host that is dead has the exit code", async () => {
+    expect((await lab().edict("--report /root/r.json dead nix build .#hello")).code).toBe(255)
+    const report = JSON.parse(readFileSync(lab().client.outside("/root/r.json"), "utf8")) as unknown
+    expect(report).toMatchObject({ host: "dead", exitCode: 255, resultLinks: [] })
   })
 
   test("-q says nothing; --dry-run says it for each host", async () => {
