@@ -5820,8 +5820,8 @@ async function runOnOne(one: OnOne): Promise<HostRun> {
   const handle: Killable = { kill: (signal) => child.kill(signal) }
   children.add(handle)
   const output = Promise.all([
-    labelLines(child.stdout, process.stdout, { label: hostLabel(host, hosts, isTerminal(1)), put }),
-    labelLines(child.stderr, process.stderr, { label: hostLabel(host, hosts, isTerminal(2)), put }),
+    labelLines(child.stdout, process.stdout, { label: hostLabel(host, hosts, lookOf(1)), put }),
+    labelLines(child.stderr, process.stderr, { label: hostLabel(host, hosts, lookOf(2)), put }),
   ])
   const code = await child.exited
   children.delete(handle)
@@ -5863,10 +5863,10 @@ const LABEL_COLOURS = [36, 33, 35, 32, 34, 96, 93, 95, 92, 94]
 export function hostLabel(
   host: Pick<Host, "name">,
   hosts: readonly Pick<Host, "name">[],
-  onTerminal: boolean,
+  look: "plain" | "coloured",
 ): string {
   const name = shown(host.name).padEnd(Math.max(...hosts.map((other) => shown(other.name).length)))
-  if (!onTerminal || !wantsColour()) return `${name} │ `
+  if (look === "plain") return `${name} │ `
   return `\x1b[${coloursOf(hosts.map((other) => other.name)).get(host.name)}m${name} │\x1b[0m `
 }
 
@@ -6944,6 +6944,10 @@ const UNKNOWN = "unknown"
 export const bytes = (value: string): string => Buffer.from(value, "utf8").toString("latin1")
 export const text = (value: string): string => Buffer.from(value, "latin1").toString("utf8")
 const buffer = (value: string): Buffer => Buffer.from(value, "latin1")
+
+/** How to print to a descriptor: with colours only on a terminal. */
+const lookOf = (descriptor: number): "plain" | "coloured" =>
+  isTerminal(descriptor) && wantsColour() ? "coloured" : "plain"
 
 /** Whether colours are wanted (NO_COLOR, TERM=dumb). */
 const wantsColour = (): boolean => !process.env.NO_COLOR && process.env.TERM !== "dumb"

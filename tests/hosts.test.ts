@@ -280,15 +280,15 @@ describe("the table at the end and the labels", () => {
 
   test("plain and padded where no terminal is; on one in a colour that stays the same", () => {
     const hosts = "a bb ccc dddd e f g h i j".split(" ").map((name) => ({ name }))
-    expect(hostLabel({ name: "bb" }, hosts, false)).toBe("bb   │ ")
-    const labels = hosts.map((one) => hostLabel(one, hosts, true))
+    expect(hostLabel({ name: "bb" }, hosts, "plain")).toBe("bb   │ ")
+    const labels = hosts.map((one) => hostLabel(one, hosts, "coloured"))
     for (const label of labels) expect(label).toMatch(/^\x1b\[\d\dm\w+ *│\x1b\[0m $/)
     expect(new Set(labels.map((label) => label.slice(0, 5))).size).toBe(10)
-    expect(hosts.toReversed().map((one) => hostLabel(one, hosts.toReversed(), true))).toEqual(
+    expect(hosts.toReversed().map((one) => hostLabel(one, hosts.toReversed(), "coloured"))).toEqual(
       labels.toReversed(),
     )
-    expect(hostLabel({ name: "a" }, [{ name: "a" }], true).slice(0, 5)).toBe(
-      hostLabel({ name: "a" }, [{ name: "a" }, { name: "zz" }], true).slice(0, 5),
+    expect(hostLabel({ name: "a" }, [{ name: "a" }], "coloured").slice(0, 5)).toBe(
+      hostLabel({ name: "a" }, [{ name: "a" }, { name: "zz" }], "coloured").slice(0, 5),
     )
   })
 })
