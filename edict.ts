@@ -6475,89 +6475,90 @@ const SPACE = { least: 10 * 2 ** 10, low: 2 * 2 ** 20 }
 export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[] {
   const { host, facts, error, skew } = probe
   const ssh = ["ssh", ...host.sshOptions, host.destination].map(shellQuote).join(" ")
+  const verbose = `${ssh.replace(/^ssh/, "ssh -v")} true`
   const over = (command: string) => `${ssh} ${shellQuote(command)}`
-  if (error !== undefined) return [problem(error, `${ssh.replace(/^ssh/, "ssh -v")} true`)]
+  if (error !== undefined) return [problem(error, verbose)]
   const nix = facts.get("nix") || undefined
   const [major = 0, minor = 0] = (/(\d+)\.(\d+)[^ ]*$/.exec(nix ?? "") ?? []).slice(1).map(Number)
   const isBefore = (wanted: number) => major < 2 || (major === 2 && minor < wanted)
-  const install = (tool: string) =>
-    nix
-      ? over(`nix --extra-experimental-features 'nix-command flakes' profile install nixpkgs#${tool}`)
-      : `install ${tool} there`
-  const missing = NEEDED_THERE.filter((tool) => !facts.has(`tool.${tool}`))
-  const space = (key: string, what: string, mend: string) => {
-    const free = facts.get(key) ? Number(facts.get(key)) : Number.POSITIVE_INFINITY
-    const size = free < 2 ** 20 ? mebi(facts.get(key)) : gibi(facts.get(key))
-    const said = `${size} free for ${what}`
-    return free < SPACE.least ? problem(said, mend) : free < SPACE.low ? warning(said, mend) : ok(said)
-  }
+  const latency = Math.max(1, Math.round(probe.latency))
+  const seconds = Math.round(Math.abs(skew))
+  const hint =
+    "grep -i -e MaxSessions /etc/ssh/sshd_config   # must allow some; and /tmp here must take a socket"
+  const clock = `its clock is ${seconds} s ${skew > 0 ? "ahead" : "behind"}; edict compares no clocks, but Nix and git do`
   const agent = host.sshOptions.includes("-A")
-  const names = [
-    facts.get("user") ?? "",
-    ...(facts.get("groups") ?? "").split(" ").map((name) => `@${name}`),
-    "*",
-  ]
-  const isTrusted =
-    /"trusted":\s*(1|true)/.test(facts.get("store") ?? "") ||
-    facts.get("user") === "root" ||
-    (facts.get("set.trusted-users") ?? "").split(" ").some((name) => names.includes(name))
   return [
-    ok(
-      `answers in ${Math.max(1, Math.round(probe.latency))} ms as ${facts.get("user") ?? "?"} (${facts.get("kernel") ?? "?"})`,
-    ),
-    facts.has("end")
-      ? []
-      : warning("answers slowly: not all could be asked", `${ssh.replace(/^ssh/, "ssh -v")} true`),
+    ok(`answers in ${latency} ms as ${facts.get("user") ?? "?"} (${facts.get("kernel") ?? "?"})`),
+    facts.has("end") ? [] : warning("answers slowly: not all could be asked", verbose),
     probe.multiplexed
       ? ok("one connection serves every step (multiplexing)")
-      : warning(
-          "no multiplexing: each step connects anew",
-          over(
-            "grep -i -e MaxSessions /etc/ssh/sshd_config   # must allow some; and /tmp here must take a socket",
-          ),
-        ),
+      : warning("no multiplexing: each step connects anew", over(hint)),
     ok(`login shell ${facts.get("shell") || "unknown"}`),
     examineNix(facts, {
       nix,
       isTooOld: isBefore(4),
       install: over("curl -L https://nixos.org/nix/install | sh"),
     }),
-    facts.get("rsync")
-      ? ok(facts.get("rsync")!.replace(/\s+/g, " "))
-      : problem("no rsync there", install("rsync")),
-    facts.get("git")
-      ? ok(facts.get("git")!)
-      : isBefore(20)
-        ? problem("no git there, which this Nix needs for flakes in git", install("git"))
-        : warning("no git there: commits of the command do not come home", install("git")),
-    missing.length > 0
-      ? problem(
-          `no ${missing.join(", ")} there`,
-          "install coreutils, findutils, diffutils, gawk, gnused, gnutar there",
-        )
-      : ok("the usual tools are there"),
-    facts.has("tool.ps")
-      ? []
-      : warning("no ps there: what outlives its parent may not be ended", "install procps there"),
-    facts.has("writable")
-      ? space(
-          "free.trees",
-          `trees, ${mebi(facts.get("used") || "0")} used in ${host.directory}`,
-          `edict --clean ${shellQuote(host.name)}`,
-        )
-      : problem(`cannot write to ${host.directory} there`, `directory = "…" in [hosts.${host.name}]`),
-    space("free.store", "its store", over("nix-collect-garbage")),
-    Math.abs(skew) > 5
-      ? warning(
-          `its clock is ${Math.round(Math.abs(skew))} s ${skew > 0 ? "ahead" : "behind"}; edict compares no clocks, but Nix and git do`,
-          over("timedatectl set-ntp true"),
-        )
-      : ok("its clock is right"),
-    nix ? [...examineSettings(probe, isTrusted), ...examineResults(probe, store)] : [],
+    examineTools(facts, { needsGit: isBefore(20) ? "needed" : "useful", over: nix ? over : undefined }),
+    examineSpace(probe, over("nix-collect-garbage")),
+    Math.abs(skew) > 5 ? warning(clock, over("timedatectl set-ntp true")) : ok("its clock is right"),
+    nix ? [...examineSettings(probe, isTrustedThere(facts)), ...examineResults(probe, store)] : [],
     agent && !env.SSH_AUTH_SOCK
       ? warning("the agent is to be forwarded, but none runs here", 'eval "$(ssh-agent)" && ssh-add')
       : ok(agent ? "the ssh agent is forwarded" : "the ssh agent stays here"),
   ].flat()
+}
+
+/** Whether the store there trusts the user there. */
+function isTrustedThere(facts: Facts): boolean {
+  const groups = (facts.get("groups") ?? "").split(" ").map((name) => `@${name}`)
+  const names = [facts.get("user") ?? "", ...groups, "*"]
+  const trusted = (facts.get("set.trusted-users") ?? "").split(" ")
+  const says = /"trusted":\s*(1|true)/.test(facts.get("store") ?? "")
+  return says || facts.get("user") === "root" || trusted.some((name) => names.includes(name))
+}
+
+/** The programs that a host needs; `over` says how to run something there, if Nix there can install it. */
+function examineTools(
+  facts: Facts,
+  how: { needsGit: "needed" | "useful"; over: ((command: string) => string) | undefined },
+): Finding[] {
+  const install = (tool: string) =>
+    how.over?.(`nix --extra-experimental-features 'nix-command flakes' profile install nixpkgs#${tool}`) ??
+    `install ${tool} there`
+  const [rsync, git_] = [facts.get("rsync"), facts.get("git")]
+  const missing = NEEDED_THERE.filter((tool) => !facts.has(`tool.${tool}`))
+  const withoutGit =
+    how.needsGit === "needed"
+      ? problem("no git there, which this Nix needs for flakes in git", install("git"))
+      : warning("no git there: commits of the command do not come home", install("git"))
+  const packages = "install coreutils, findutils, diffutils, gawk, gnused, gnutar there"
+  return [
+    rsync ? ok(rsync.replace(/\s+/g, " ")) : problem("no rsync there", install("rsync")),
+    git_ ? ok(git_) : withoutGit,
+    missing.length > 0
+      ? problem(`no ${missing.join(", ")} there`, packages)
+      : ok("the usual tools are there"),
+    facts.has("tool.ps")
+      ? []
+      : warning("no ps there: what outlives its parent may not be ended", "install procps there"),
+  ].flat()
+}
+
+/** The room for trees and for the store; `collect` frees some of the latter. */
+function examineSpace({ host, facts }: Probe, collect: string): Finding[] {
+  const space = (key: string, what: string, mend: string) => {
+    const free = facts.get(key) ? Number(facts.get(key)) : Number.POSITIVE_INFINITY
+    const said = `${free < 2 ** 20 ? mebi(facts.get(key)) : gibi(facts.get(key))} free for ${what}`
+    return free < SPACE.least ? problem(said, mend) : free < SPACE.low ? warning(said, mend) : ok(said)
+  }
+  const trees = `trees, ${mebi(facts.get("used") || "0")} used in ${host.directory}`
+  return [
+    facts.has("writable")
+      ? space("free.trees", trees, `edict --clean ${shellQuote(host.name)}`)
+      : problem(`cannot write to ${host.directory} there`, `directory = "…" in [hosts.${host.name}]`),
+    space("free.store", "its store", collect),
+  ]
 }
 
 /** How Nix over there is set up. */
