@@ -2953,7 +2953,10 @@ async function runCommand(context: Context, trees: readonly Tree[]): Promise<Out
 function openCommandChannel(context: Context): Promise<number> {
   const { plan } = context
   const terminal = wantsTerminal(plan.options)
-  const argv = [...commandArguments(context, terminal), commandLine(plan.host.directory, context.run)]
+  const argv = [
+    ...commandArguments(context, terminal ? "-tt" : "-T"),
+    commandLine(plan.host.directory, context.run),
+  ]
   return (context.channel ??= foreground(context, argv, { detached: context.multiplexed && !terminal }))
 }
 
@@ -3822,7 +3825,7 @@ async function applyChanges(
   removeAll(places.stage)
   try {
     fs.mkdirSync(buffer(`${places.stage}/in`), { recursive: true, mode: 0o700 })
-    refuseCollisions(work, changes, isCaseInsensitive(places.stage))
+    if (isCaseInsensitive(places.stage)) refuseCollisions(work, changes)
     const fetched = changes.filter(
       ({ what, type, name }) => what !== "deleted" && type !== "directory" && !work.guard.refused.has(name),
     )
@@ -3869,10 +3872,10 @@ function isCaseInsensitive(directory: string): boolean {
   return lstat(`${directory}/CASE`) !== undefined
 }
 
-function refuseCollisions(work: Work, changes: readonly Change[], insensitive: boolean): void {
+/** Of names that are one file here, only the first is written. */
+function refuseCollisions(work: Work, changes: readonly Change[]): void {
   const names = changes.filter(({ what }) => what !== "deleted").map(({ name }) => name)
-  const refused = insensitive ? collisions(names) : new Map<Name, Name>()
-  for (const [name, other] of refused)
+  for (const [name, other] of collisions(names))
     work.guard.refused.set(name, `is the same file as ${shown(text(other))} on this file system`)
 }
 
@@ -5246,12 +5249,12 @@ function sshArguments(context: Reach): string[] {
 }
 
 /** The same for the command; with a terminal, ssh must not say at the end that it closes the connection. */
-function commandArguments(context: Reach, terminal: boolean): string[] {
+function commandArguments(context: Reach, terminal: "-tt" | "-T"): string[] {
   const options = sshProgram(context).filter(
-    (word, at, all) => !terminal || (word !== "RequestTTY=no" && all[at + 1] !== "RequestTTY=no"),
+    (word, at, all) => terminal === "-T" || (word !== "RequestTTY=no" && all[at + 1] !== "RequestTTY=no"),
   )
-  const how = terminal ? ["-o", "LogLevel=ERROR", "-tt"] : ["-T"]
-  return [...options, ...how, "--", context.plan.host.destination]
+  const quiet = terminal === "-tt" ? ["-o", "LogLevel=ERROR"] : []
+  return [...options, ...quiet, terminal, "--", context.plan.host.destination]
 }
 
 /** Where a login shell prints something of its own, edict's talk begins behind this line. */
@@ -6502,7 +6505,7 @@ export function examineHost(probe: Probe, env: Env, store: StoreHere): Finding[]
     examineTools(facts, { needsGit: isBefore(20) ? "needed" : "useful", over: nix ? over : undefined }),
     examineSpace(probe, over("nix-collect-garbage")),
     Math.abs(skew) > 5 ? warning(clock, over("timedatectl set-ntp true")) : ok("its clock is right"),
-    nix ? [...examineSettings(probe, isTrustedThere(facts)), ...examineResults(probe, store)] : [],
+    nix ? [...examineSettings(probe), ...examineResults(probe, store)] : [],
     agent && !env.SSH_AUTH_SOCK
       ? warning("the agent is to be forwarded, but none runs here", 'eval "$(ssh-agent)" && ssh-add')
       : ok(agent ? "the ssh agent is forwarded" : "the ssh agent stays here"),
@@ -6562,7 +6565,7 @@ function examineSpace({ host, facts }: Probe, collect: string): Finding[] {
 }
 
 /** How Nix over there is set up. */
-function examineSettings(probe: Probe, isTrusted: boolean): Finding[] {
+function examineSettings(probe: Probe): Finding[] {
   const { facts } = probe
   const features = featuresOf(probe).join(", ")
   return [
@@ -6571,7 +6574,7 @@ function examineSettings(probe: Probe, isTrusted: boolean): Finding[] {
       ? warning("builds run without a sandbox", "sandbox = true in its nix.conf")
       : ok(`sandbox ${facts.get("set.sandbox") ?? "?"}`),
     ok(
-      isTrusted
+      isTrustedThere(probe.facts)
         ? "this user is trusted by the store there"
         : "this user is not trusted by the store there; edict does not need it",
     ),
