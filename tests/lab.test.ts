@@ -2,10 +2,17 @@
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test"
 import { existsSync, readdirSync, readFileSync, readlinkSync } from "node:fs"
-import { tmpdir } from "node:os"
 import { join } from "node:path"
 import { GIT_INIT, readArgs, SYSTEM, writeFlake, writeInput } from "./lab/flake"
-import { nixAvailable, REPOSITORY, startClient, startHost, type Client, type Host } from "./lab/lab"
+import {
+  machinesDirectory,
+  nixAvailable,
+  REPOSITORY,
+  startClient,
+  startHost,
+  type Client,
+  type Host,
+} from "./lab/lab"
 
 const FLAKES = "--extra-experimental-features 'nix-command flakes'"
 
@@ -336,7 +343,7 @@ describe("the end", () => {
     const name = `broken-${process.pid}`
     const attempt = startHost({ name, sshdConfig: ["NoSuchOption yes"] })
     await expect(attempt).rejects.toThrow(/NoSuchOption/)
-    expect(readdirSync(tmpdir()).filter((file) => file.includes(name))).toEqual([])
+    expect(readdirSync(machinesDirectory()).filter((file) => file.includes(name))).toEqual([])
   })
 })
 
