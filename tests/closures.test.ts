@@ -1,7 +1,7 @@
 // How store paths travel: what is streamed, who may take it, and what a broken transfer leaves.
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "bun:test"
 import { existsSync, lstatSync, readFileSync, readlinkSync, writeFileSync } from "node:fs"
-import { progressLine, unsignedPaths } from "../edict"
+import { batchesOf, parseRegistrations, progressLine, unsignedPaths } from "../edict"
 import { type FlakeOptions } from "./lab/flake"
 import { nixAvailable, type Client, type Host, type NixVersion, type Result, type Running } from "./lab/lab"
 import { EDICT, project, type Project } from "./support"
@@ -25,8 +25,12 @@ in rec {
   chain = builtins.foldl' link (build "chain-0" { } ''echo end >"$out"'') (builtins.genList (i: i + 1) 9);
   heavy = build "heavy" { first = chain; } ''
     mkdir "$out"; ln -s "$first" "$out/first"; head -c ${"${toString bytes}"} /dev/urandom >"$out/data"'';
+  top = build "top" { inherit heavy; } ''mkdir "$out"; ln -s "$heavy" "$out/heavy"'';
 }
 `
+/** Bytes of a path that no longer comes with others. */
+const LARGE = "70000000"
+
 const FLAKE: FlakeOptions = { files: { "default.nix": DEFAULT_NIX } }
 
 /** Makes /usr/bin a directory of the machine's own, in which programs can be replaced. */
@@ -67,9 +71,10 @@ function calls(machine: Host | Client, option: string): string[][] {
   return all.map((line) => line.split(" ")).filter((words) => words.includes(option))
 }
 
+const isPath = (word: string): boolean => word.startsWith("/nix/store/")
+
 /** The store paths that the host was asked to export, of all calls together. */
-const exported = (host: Host): string[] =>
-  calls(host, "--export").flatMap((words) => words.filter((word) => word.startsWith("/nix/store/")))
+const exported = (host: Host): string[] => calls(host, "--export").flatMap((words) => words.filter(isPath))
 
 /** Which paths of a closure are not valid on the machine. */
 async function invalid(machine: Host | Client, path: string): Promise<string> {
@@ -169,6 +174,21 @@ for (const nix of VERSIONS) {
       expect(await p.edict(build)).toMatchObject({ code: 0 })
       expect(calls(p.host, "--export")).toHaveLength(1)
       expect(result(p)).toBe(readlinkSync(p.file("kept")))
+    })
+
+    test("a large path comes as a stream of its own, after what it refers to and before what refers to it", async () => {
+      const build = ["h", "nix-build", "--arg", "bytes", LARGE, "-A", "top"]
+      expect(await p.edict(build)).toMatchObject({ code: 0 })
+      expect(calls(p.host, "--export").map((words) => words.filter(isPath).length)).toEqual([10, 1])
+      expect(calls(p.host, "--dump").map((words) => words.filter(isPath).length)).toEqual([1])
+      expect(await invalid(p.client, result(p))).toBe("")
+      const facts = "cd /; nix-store --dump-db $(nix-store -qR"
+      const heavy = `$(nix-store -qR ${result(p)} | grep -- -heavy)`
+      const known = await p.client.sh(`${facts} ${heavy})`)
+      expect(known.stdout).toBe((await p.host.sh(`${facts} ${heavy})`)).stdout)
+      expect(known.stdout).toMatch(/-heavy\.drv\n1\n/)
+      expect((await p.client.sh("nix-store --verify --check-contents")).code).toBe(0)
+      expect((await p.client.sh("ls -d /tmp/edict-nar-*")).code).not.toBe(0)
     })
 
     test("a link to a derivation comes as one, and nothing is built here", async () => {
@@ -343,6 +363,14 @@ for (const nix of VERSIONS) {
       expect(exported(p.host)).toHaveLength(301)
       expect(await invalid(p.client, await linked())).toBe("")
       expect((await p.client.sh("nix-store --gc --print-roots")).stdout).toContain(`${USER_HOME}/p/result`)
+    })
+
+    test("a large path streams for a trusted user, too", async () => {
+      await user.configure(["trusted-users = root u"])
+      const run = await user.edict(`h nix-build -A heavy --arg bytes ${LARGE} --argstr salt large`)
+      expect(run).toMatchObject({ code: 0 })
+      expect(calls(p.host, "--dump")).toHaveLength(1)
+      expect(await invalid(p.client, await linked())).toBe("")
     })
 
     test("a store that asks for no signatures: streamed", async () => {
@@ -625,6 +653,20 @@ describe("the stream", () => {
     expect(first.code).toBe(143)
   })
 
+  test("a large path that arrives as something else is refused, and leaves nothing", async () => {
+    const build = ["h", "nix-build", "-A", "heavy", "--arg", "bytes", LARGE, "--argstr", "salt", "other"]
+    await wrap(p.host, "nix-store", `case $* in *--dump' '/*) "$real" "$@" | tr A B; exit ;; esac`)
+    const run = await p.edict(build)
+    expect(run.code).toBe(254)
+    expect(ownLines(run)).toHaveLength(1)
+    expect(ownLines(run)[0]).toMatch(/retrieval of the result failed.*hash mismatch/)
+    expect(() => lstatSync(p.file("result"))).toThrow()
+    expect(await verify(p.client)).toBe("0 ")
+    await unwrap(p.host)
+    expect(await p.edict(build)).toMatchObject({ code: 0 })
+    expect(await invalid(p.client, result(p))).toBe("")
+  })
+
   test("a full disk here: said in one line; with more space it comes", async () => {
     await using small = await project({ flake: FLAKE })
     await small.client.sh("mount -t tmpfs -o size=4m tmpfs /nix && nix-store --version && nix-store --gc")
@@ -812,5 +854,57 @@ describe("unsignedPaths", () => {
   test("several lines, padded as Nix 2.34 does", () => {
     const answer = [`${path("a")}   \tultimate`, `${path("long-name")}\tca:fixed:r:sha256:0abc`, ""]
     expect(unsignedPaths(answer.slice(0, 2), keys)).toEqual([path("a")])
+  })
+})
+
+describe("batchesOf", () => {
+  const [small, large] = [2 ** 10, 2 ** 27]
+  const path = (name: string, size: number) => ({ path: `/nix/store/${"a".repeat(32)}-${name}`, size })
+
+  test.each<[string, number[], string[]]>([
+    ["nothing", [], []],
+    ["small ones together", [small, small, small], ["export 3"]],
+    ["sizes that nobody knows together", [0, 0], ["export 2"]],
+    ["a large one alone", [large], ["nar 1"]],
+    [
+      "in order",
+      [small, small, large, small, large, large],
+      ["export 2", "nar 1", "export 1", "nar 1", "nar 1"],
+    ],
+  ])("%s", (_, sizes, expected) => {
+    const paths = sizes.map((size, at) => path(String(at), size))
+    const batches = batchesOf(paths)
+    expect(batches.map((batch) => `${batch.carrier} ${batch.paths.length}`)).toEqual(expected)
+    expect(batches.flatMap((batch) => batch.paths)).toEqual(paths)
+  })
+
+  test("a large derivation goes with the others", () => {
+    expect(batchesOf([path("x.drv", large)])).toMatchObject([{ carrier: "export" }])
+  })
+})
+
+describe("parseRegistrations", () => {
+  const [a, b] = [`/nix/store/${"a".repeat(32)}-a`, `/nix/store/${"b".repeat(32)}-b`]
+  const hash = "0f".repeat(32)
+
+  test("with and without a deriver and references", () => {
+    const answer = `${a}\n${hash}\n120\n${b}.drv\n2\n${a}\n${b}\n${b}\n${hash}\n7\n\n0\n`
+    const infos = parseRegistrations(answer)
+    expect([...infos.keys()]).toEqual([a, b])
+    expect(infos.get(a)).toBe(
+      `StorePath: ${a}\nURL: nar/stream.nar\nCompression: none\nNarHash: sha256:${hash}\nNarSize: 120\nReferences: ${a.slice(11)} ${b.slice(11)}\nDeriver: ${b.slice(11)}.drv\n`,
+    )
+    expect(infos.get(b)).toMatch(/NarSize: 7\nReferences: \n$/)
+  })
+
+  test.each([
+    ["a path elsewhere", `/etc/passwd\n${hash}\n1\n\n0\n`],
+    ["another hash", `${a}\nsha256:${hash}\n1\n\n0\n`],
+    ["no size", `${a}\n${hash}\nmany\n\n0\n`],
+    ["a deriver with a line of its own", `${a}\n${hash}\n1\nSig: x\n0\n`],
+    ["references that end early", `${a}\n${hash}\n1\n\n3\n${b}\n`],
+    ["no number of references", `${a}\n${hash}\n1\n\n-1\n${b}\n`],
+  ])("%s ends the list", (_, answer) => {
+    expect([...parseRegistrations(answer).keys()]).toEqual([])
   })
 })
