@@ -23,9 +23,15 @@ import { appendFile, writeFile } from "node:fs/promises"
 import { createServer } from "node:net"
 import { constants, tmpdir } from "node:os"
 import { join, resolve } from "node:path"
-import { nixDirectory, type NixVersion } from "./nix"
+import { versionDirectory, type NixVersion, type RsyncVersion, type SshVersion } from "./versions"
 
-export { nixAvailable, type NixVersion } from "./nix"
+export {
+  nixAvailable,
+  versionAvailable,
+  type NixVersion,
+  type RsyncVersion,
+  type SshVersion,
+} from "./versions"
 
 /**
  * Where machines lie: in memory where there is room, since ext4 needs half a millisecond to create a file where many
@@ -44,38 +50,40 @@ export function machinesDirectory(): string {
 }
 
 /** How a remote machine differs from a plain Debian with nix-bin. */
-export type HostOptions = {
+export type HostOptions = MachineOptions & {
   name: string
   /** Login shell of root. Default: bash (sh on a busybox host). */
   shell?: "bash" | "zsh" | "dash" | "fish"
-  nix?: NixVersion | "none"
-  /** What its Nix calls its system. Default: the real one. */
-  system?: string
   /** Milliseconds that every byte travels, each way. Even 0 puts the proxy in between: see freeze(). */
   delay?: number
-  /** Programs that must not be found. */
-  hide?: string[]
   /** Further lines for sshd_config; they win over the lab's own. */
   sshdConfig?: string[]
   /** The home directory is a tmpfs of this size: "20m". */
   diskLimit?: string
   /** Only busybox's programs, rsync, git and Nix. */
   busybox?: boolean
-  /** Whether nix.conf enables flakes. Default: false. */
-  flakes?: boolean
   /** false: Nix only in /nix/var/nix/profiles/default/bin, as after a real installer. Default: true. */
   nixOnPath?: boolean
-  /** Further lines for nix.conf. */
-  nixConfig?: string[]
 }
 
 /** How the machine of the user differs from a plain Debian with nix-bin. */
-export type ClientOptions = {
-  hosts: Host[]
+export type ClientOptions = MachineOptions & { hosts: Host[] }
+
+/** How any machine differs from it. */
+type MachineOptions = {
   nix?: NixVersion | "none"
+  /** Versions of other programs (OpenSSH: the client, and the server of a host). Default: those installed here. */
+  rsync?: RsyncVersion
+  openssh?: SshVersion
+  /** Programs that do what those of macOS do, and no more: see bsd.sh. */
+  bsd?: boolean
+  /** What its Nix calls its system. Default: the real one. */
   system?: string
+  /** Programs that must not be found. */
   hide?: string[]
+  /** Whether nix.conf enables flakes. Default: false. */
   flakes?: boolean
+  /** Further lines for nix.conf. */
   nixConfig?: string[]
 }
 
@@ -306,10 +314,9 @@ async function hostSettings(options: HostOptions, ports: Ports): Promise<Setting
     nixConf: nixConf(options),
     sshdConfig: sshdConfig(ports.sshd, options.sshdConfig ?? []),
     variables: {
-      ...(await nixVariables(options.nix ?? "2.8", options.nixOnPath ?? true)),
+      ...(await programVariables(options, (options.nixOnPath ?? true) ? "path" : "profile")),
       SHELL_NAME: shell,
       DISK_LIMIT: options.diskLimit ?? "",
-      HIDE: (options.hide ?? []).join(" "),
       BUSYBOX: options.busybox ? "yes" : "",
       REPOSITORY: "",
       SSHD_PORT: String(ports.sshd),
@@ -324,10 +331,9 @@ async function clientSettings(options: ClientOptions): Promise<Settings> {
     name: "client",
     nixConf: nixConf(options),
     variables: {
-      ...(await nixVariables(options.nix ?? "2.8", true)),
+      ...(await programVariables(options, "path")),
       SHELL_NAME: "bash",
       DISK_LIMIT: "",
-      HIDE: (options.hide ?? []).join(" "),
       BUSYBOX: "",
       REPOSITORY,
       SSHD_PORT: "",
@@ -337,9 +343,20 @@ async function clientSettings(options: ClientOptions): Promise<Settings> {
   }
 }
 
-async function nixVariables(version: NixVersion | "none", onPath: boolean): Promise<Record<string, string>> {
-  const place = version === "none" ? "none" : onPath ? "path" : "profile"
-  return { NIX_DIR: version === "none" ? "" : await nixDirectory(version), NIX_PLACE: place }
+/** What namespace.sh needs to know of the programs of a machine, and where its Nix is found. */
+async function programVariables(
+  options: MachineOptions,
+  place: "path" | "profile",
+): Promise<Record<string, string>> {
+  const { nix = "2.8", rsync, openssh, bsd, hide = [] } = options
+  return {
+    NIX_DIR: nix === "none" ? "" : await versionDirectory("nix", nix),
+    NIX_PLACE: nix === "none" ? "none" : place,
+    RSYNC_DIR: rsync ? await versionDirectory("rsync", rsync) : "",
+    OPENSSH_DIR: openssh ? await versionDirectory("openssh", openssh) : "",
+    BSD: bsd ? "yes" : "",
+    HIDE: hide.join(" "),
+  }
 }
 
 /**
@@ -415,7 +432,7 @@ async function writeSettings(directory: string, settings: Settings): Promise<voi
   await writeFile(join(directory, "nix.conf"), settings.nixConf)
   await writeFile(join(directory, "registry.json"), `{ "flakes": [], "version": 2 }\n`)
   await writeFile(join(directory, "sshd_config"), settings.sshdConfig ?? "")
-  copyFileSync(join(import.meta.dir, "proxy.ts"), join(directory, "proxy.ts"))
+  for (const name of ["proxy.ts", "bsd.sh"]) copyFileSync(join(import.meta.dir, name), join(directory, name))
 }
 
 const usedPorts = new Set<number>()

@@ -21,9 +21,13 @@ lab=/run/lab
 nix_programs="nix nix-build nix-channel nix-collect-garbage nix-copy-closure nix-daemon nix-env nix-hash
   nix-instantiate nix-prefetch-url nix-shell nix-store"
 busybox_extras="busybox rsync git git-receive-pack git-upload-pack git-upload-archive"
+bsd_programs="basename chmod cmp comm cp cut date dd df dirname du find grep head id ln ls mkdir mkfifo mktemp mv
+  paste ps readlink rm rmdir rsync sed sort stat tail tar tee touch tr uname uptime wc xargs"
+linux_programs="flock md5sum nproc numfmt seq setsid sha256sum shuf stdbuf tac timeout"
 path_directories="/usr/local/sbin /usr/local/bin /usr/sbin /usr/bin"
 
-# Settings: NAME SHELL_NAME DISK_LIMIT HIDE BUSYBOX NIX_DIR NIX_PLACE BUN REPOSITORY SSHD_PORT PROXY_PORT DELAY
+# Settings: NAME SHELL_NAME DISK_LIMIT HIDE BUSYBOX BSD NIX_DIR NIX_PLACE RSYNC_DIR OPENSSH_DIR BUN REPOSITORY
+# SSHD_PORT PROXY_PORT DELAY
 # shellcheck source=/dev/null
 . "$dir/env"
 
@@ -47,11 +51,14 @@ private_directories() {
   chmod 700 "$dir/root" "$dir/root/.ssh"
   mkdir -p /nix
   mount -t tmpfs -o mode=755 tmpfs /run
-  mkdir -p "$lab/usr" "$lab/bin" "$lab/nix" "$lab/dir" "$lab/repository" "$lab/farm" /run/sshd
+  mkdir -p "$lab/usr" "$lab/bin" "$lab/nix" "$lab/rsync" "$lab/openssh" "$lab/dir" "$lab/repository" "$lab/farm"
+  mkdir -p /run/sshd
   mount --rbind /usr "$lab/usr"
   mount --bind "$dir" "$lab/dir"
   mount --bind "$dir/nix" /nix
   if [ -n "$NIX_DIR" ]; then mount --bind "$NIX_DIR" "$lab/nix"; fi
+  if [ -n "$RSYNC_DIR" ]; then mount --bind "$RSYNC_DIR" "$lab/rsync"; fi
+  if [ -n "$OPENSSH_DIR" ]; then mount --bind "$OPENSSH_DIR" "$lab/openssh"; fi
   if [ -n "$REPOSITORY" ]; then mount --bind "$REPOSITORY" "$lab/repository"; fi
   touch "$lab/bin/bun"
   mount --bind "$BUN" "$lab/bin/bun"
@@ -83,9 +90,15 @@ etc() {
 
 # Whether programs must be hidden or replaced; then every directory of PATH becomes one of links.
 programs() {
-  if [ -z "$HIDE$BUSYBOX$NIX_DIR" ] && [ "$NIX_PLACE" = path ]; then return; fi
+  if [ -z "$HIDE$BUSYBOX$BSD$NIX_DIR$RSYNC_DIR$OPENSSH_DIR" ] && [ "$NIX_PLACE" = path ]; then
+    link_farm /usr/local/bin # where tests put programs of their own
+    return
+  fi
   for directory in $path_directories; do link_farm "$directory"; done
   if [ -n "$BUSYBOX" ]; then only_busybox; fi
+  if [ -n "$BSD" ]; then like_bsd; fi
+  if [ -n "$RSYNC_DIR" ]; then put_program rsync "$lab/rsync/bin/rsync"; fi
+  if [ -n "$OPENSSH_DIR" ]; then put_program ssh "$lab/openssh/bin/ssh"; fi
   place_nix
   for program in $HIDE; do
     for directory in $path_directories; do rm -f "$directory/$program"; done
@@ -112,6 +125,18 @@ only_busybox() {
   for program in $busybox_extras "$SHELL_NAME"; do
     if [ ! -e "/usr/bin/$program" ]; then ln -s "$lab/usr/bin/$program" /usr/bin/; fi
   done
+}
+
+# put_program NAME FILE: what NAME on PATH leads to
+put_program() {
+  for directory in $path_directories; do rm -f "$directory/$1"; done
+  ln -s "$2" "/usr/bin/$1"
+}
+
+like_bsd() {
+  for program in $linux_programs; do rm -f "/usr/bin/$program"; done
+  for program in $bsd_programs; do put_program "$program" "$dir/bsd.sh"; done
+  put_program awk "$lab/usr/bin/original-awk"
 }
 
 place_nix() {
@@ -148,7 +173,12 @@ repository() {
 
 start_sshd() {
   ssh-keygen -q -t ed25519 -N "" -f "$dir/host_key" </dev/null
-  "$lab/usr/sbin/sshd" -D -f "$dir/sshd_config" -E "$dir/sshd.log" </dev/null >/dev/null 2>&1 &
+  sshd=$lab/usr/sbin/sshd
+  if [ -n "$OPENSSH_DIR" ]; then
+    sshd=$lab/openssh/bin/sshd
+    printf '%s\n' "SshdSessionPath $sshd-session" "SshdAuthPath $sshd-auth" >>"$dir/sshd_config"
+  fi
+  "$sshd" -D -f "$dir/sshd_config" -E "$dir/sshd.log" </dev/null >/dev/null 2>&1 &
   echo $! >"$lab/sshd.pid"
   await_port "$SSHD_PORT" $! "$dir/sshd.log"
 }

@@ -11,7 +11,11 @@ bun_version=1.4.5
 # program:package, where the program tells whether the package is there
 programs="nix:nix-bin sshd:openssh-server ssh:openssh-client rsync:rsync git:git bash:bash zsh:zsh fish:fish
   dash:dash busybox:busybox tmux:tmux socat:socat unshare:util-linux nsenter:util-linux setpriv:util-linux
-  script:bsdutils ps:procps pkill:procps tar:tar patch:patch"
+  script:bsdutils ps:procps pkill:procps tar:tar patch:patch
+  mandoc:mandoc bsdtar:libarchive-tools original-awk:original-awk
+  qemu-aarch64-static:qemu-user-static /usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1:libc6-arm64-cross
+  ld-musl-config:musl
+  mksh:mksh yash:yash"
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PATH
