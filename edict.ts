@@ -1,4 +1,4 @@
-#!/usr/bin/env -S bun --no-env-file --config=/dev/null
+#!/usr/bin/env -S bun --no-env-file --config=/dev/null --install=fallback
 /*
  * edict: `edict HOST nix …` runs a Nix command on another machine as if it ran here.
  *
@@ -6,13 +6,14 @@
  *
  *   scan       which words of the command are local flakes and files, as Nix itself reads them
  *   map        which source trees they need, and where these lie over there
- *   upload     what changed since the last agreed state goes over by rsync
+ *   upload     what changed since the last agreed state goes over by rsync, or else by tar
  *   run        the command runs there; stdin, stdout, stderr and the exit code pass through
  *   results    result links that it made are made here, after their closures came home
  *   sync back  files that it changed come home, and never over an edit made here meanwhile
  *
- * Needed here: bash, ssh, rsync, tar; git for git trees; nix and xargs for results. Needed there: a POSIX sh with
- * find, stat, awk, tar and friends, rsync, nix. Nothing of edict is installed over there.
+ * Needed here: bash, ssh, tar; git for git trees; nix and xargs for results. Needed there: a POSIX sh with find, stat,
+ * awk, tar and friends (GNU, BSD, BusyBox), nix. rsync is used where both sides have it. Nothing of edict is installed
+ * over there.
  *
  * One file on purpose: copy it, read it, change it. What is exported is exported for the tests; it is no
  * stable interface. Contents:
@@ -24,9 +25,12 @@
  *    5 Hosts         11 Run             17 Ssh              23 Files, messages and errors
  *    6 Scan          12 Results         18 Processes
  */
+import diagnostics from "node:diagnostics_channel"
 import fs from "node:fs"
 import os from "node:os"
 import path from "node:path"
+import type { Readable } from "node:stream"
+import type { ProcessPromise } from "zx/core"
 
 // ── 1. Help ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -52,20 +56,21 @@ Options stand before HOST; everything after it belongs to the command.
   --system SYSTEM   the system that --pick needs (default: the one that the command names, else the one here)
   --features LIST   system features that --pick needs, with commas between them
   --jobs N, --fail-fast   with several hosts: at most N at once; stop the rest at the first failure
-  --report FILE     write what happened as JSON: host, exit code, times, result links, changed files
+  --materialize DIR   bring the files of the results as plain files into DIR, links followed; needs no Nix here
+  --report FILE     write what happened as JSON: host, exit code, times, bytes, links, changed files, conflicts
   --allow-mass-delete   let the command delete more than half of the tracked files here, too
   -v                trace every command with its time; -vv: what the remote side answers too
   -q, --quiet       say nothing but errors
   --tty, --no-tty   force / forbid a remote terminal (default: if stdin, stdout and stderr are one)
   -A, --forward-agent   forward the ssh agent (for private inputs)
   -o OPTION, -p PORT, -i FILE, -F FILE, -J HOST     handed to ssh, as ssh takes them
-  --config FILE     instead of $XDG_CONFIG_HOME/edict/config.toml
+  --config FILE     instead of $XDG_CONFIG_HOME/edict/config.toml (or else /etc/edict/config.toml)
   --link-suffix TEXT   what the names of result links end in (with several hosts: -NAME)
   --doctor HOST…    say what works between here and there, and how to mend what does not
   --hosts           list the hosts of the config, and whether they answer
   --clean HOST…     remove what edict left on a host
   --completion SHELL   print completions for bash, zsh or fish (--complete-hosts: the words that they offer for HOST)
-  --help, --version
+  --help, --version   print this; print the version
 
 examples:
   edict root@big nix build .#my-package       result -> /nix/store/… here
@@ -73,7 +78,7 @@ examples:
   edict root@big nix run .#integration-test   runs there, exit code here
   edict root@big .#bump-versions              nix run, and the files that it changes come home
 
-environment: EDICT_HOST (default host), EDICT_CONFIG (like --config)
+environment: EDICT_HOST (default host), EDICT_CONFIG (like --config), NO_COLOR (no colours, no line of progress)
 
 exit codes: the command's own; 255 ssh failed; 254 edict failed (usage, config, upload, retrieval, conflict);
 128+n when signal n ended it (130 on Ctrl-C)
@@ -97,6 +102,7 @@ export type Options = Readonly<{
   jobs: number // hosts at once
   failFast: boolean
   linkSuffix: string // what the names of result links end in, with several hosts: "-NAME"
+  materialize?: string // the directory for the files of the results
   report?: string
   config?: string
   sshOptions: readonly string[]
@@ -116,6 +122,7 @@ export type Host = Readonly<{
   import?: "sudo" // paths come in through sudo nix-store --import
   compress: boolean | "auto"
   substitute: boolean // ask the substituters here before the host
+  sendInputs: boolean // locked inputs are fetched here
   systems: readonly string[]
   features: readonly string[]
   mandatoryFeatures: readonly string[]
@@ -152,19 +159,29 @@ export type Plan = Readonly<{
   cwd: Readonly<{ local: string; remote: string }>
   linkDirectories: readonly Readonly<{ local: string; remote: string }>[] // where result links may appear
   linkPrefix: string // what the names of result links begin with
-  storePaths: readonly string[] // that the command names by a link here, or that its flakes are locked to
+  storePaths: readonly string[] // that the command names by a link here
+  inputs: readonly LockedInput[] // that are sent from here if the host lacks them
+  settings: readonly string[] // lines for NIX_CONFIG: those of the command that are secret
   command: readonly RemoteWord[]
+  monitor: "none" | "nom" // whether nom, here, shows the command's log
+  next?: readonly RemoteWord[] // what runs after the command, if that ended well
   root: string // where this machine's trees are over there
   seed: string // the same for slot 0, whose trees the ones of other slots start from; "" in slot 0
   system?: string
 }>
 
 /**
- * A word of the command over there. `home` words stand for `prefix` + absolute path of `home` + `suffix`;
- * `update` is a positional of `nix flake update`: a flake before Nix 2.19, an input's name since.
+ * A word of the command over there. `home` words stand for `prefix` + absolute path of `home` + `suffix`, where `home`
+ * with `of` is still the same for all runs; `update` is a positional of `nix flake update`: a flake before Nix 2.19,
+ * an input's name since.
  */
 export type RemoteWord =
-  string | Readonly<{ prefix: string; home: string; suffix: string }> | Readonly<{ update: string }>
+  | string
+  | Readonly<{ prefix: string; home: string; suffix: string; of?: "run" }>
+  | Readonly<{ update: string }>
+
+/** An input in flake.lock, and the store path where Nix looks for it before it fetches: it follows from the hash. */
+export type LockedInput = Readonly<{ name: string; path: string; locked: Readonly<Record<string, unknown>> }>
 
 /** A path inside a tree, byte by byte: each character is one byte (latin1). */
 type Name = string
@@ -227,15 +244,35 @@ export type Applied = Readonly<{
   entry?: Entry // what lies there now, for the manifest
 }>
 
+/** What --report writes as JSON; of several hosts a list, with HostFields in each. README has a table of the fields. */
 export type Report = {
+  /** Name of the host, as the command line or the hosts file has it. */
   host: string
+  /** The exit code of edict, and so that of the command if edict itself did not fail. */
   exitCode: number
+  /** Set if edict failed: the line that it said. */
+  error?: string
+  /** Set if a signal came, like SIGINT; the first one. */
+  signal?: string
+  /** How long edict ran. */
+  milliseconds: number
+  /** The stages that there were: connect, scan, upload (if more than a little had to go), run, results, sync back. */
   stages: { stage: string; milliseconds: number }[]
+  /** Size of the files and store paths that went over, before compression. */
   bytesUp: number
-  resultLinks: ResultLink[]
+  /** Size of the changed files, store paths and packs of commits that came home, before compression. */
+  bytesDown: number
+  /** The result links that were made here, as absolute paths, and the store paths that they lead to. */
+  resultLinks: { link: string; target: string }[]
+  /** Set with --materialize: where the files lie here, how many and how big, and which did not come and why. */
+  materialized?: { directory: string; files: number; bytes: number; skipped: Record<string, string> }
+  /** Files that the command created, changed or deleted here, relative to the current directory. */
   changed: string[]
+  /** Branches and tags that moved here, by their full names; HEAD if the command switched to another branch. */
   refs: string[]
+  /** What changed on both sides: file or ref, where theirs is kept, why, and what to type if there is more to it. */
   conflicts: { file: string; kept?: string; why: string; hint?: string }[]
+  /** What else edict had to say. */
   notes: string[]
 }
 
@@ -248,6 +285,27 @@ export type Report = {
 export async function main(argv: readonly string[], env: Env = process.env): Promise<number> {
   if (argv.length === 1 && argv[0] === "--version") return print(`edict ${VERSION}\n`)
   const invocation = await parseArguments(argv, env)
+  const steps = openSteps(invocation.options, env)
+  const reporter = openReporter(invocation)
+  const tracing = traceCommands(invocation.options, steps)
+  try {
+    return await perform(invocation, argv, { cwd: process.cwd(), env, steps, reporter })
+  } catch (error) {
+    noteFailure(reporter.report, error)
+    throw error
+  } finally {
+    steps.end()
+    tracing.stop()
+    reporter.write()
+  }
+}
+
+/** Where and how this program runs. */
+type Here = Readonly<{ cwd: string; env: Env; steps: Steps; reporter: Reporter }>
+
+/** Does what the options ask for; answers the exit code. */
+async function perform(invocation: Invocation, argv: readonly string[], here: Here): Promise<number> {
+  const { env } = here
   if (invocation.options.action === "help") return print(USAGE)
   if (invocation.options.action === "version") return print(`edict ${VERSION}\n`)
   if (invocation.options.action === "completion") return print(completionScript(invocation.host ?? ""))
@@ -257,31 +315,39 @@ export async function main(argv: readonly string[], env: Env = process.env): Pro
   const hosts = chooseHosts(config, invocation, env)
   if (invocation.options.action === "doctor") return await examine(hosts, invocation.options, env)
   if (invocation.options.action === "clean") return await cleanHosts(hosts, invocation.options, env)
-  const here = { cwd: process.cwd(), env }
+  checkTogether(invocation, hosts, here.cwd)
   if (invocation.options.action === "dry-run") return describe(invocation, hosts, here)
   const chosen = invocation.options.pick
     ? [await pickHost(invocation, hosts, here)]
     : await withoutTwins(hosts)
   return chosen.length === 1
     ? await runAlone(invocation, chosen[0]!, here)
-    : await runOnMany(invocation, chosen, argv)
+    : await runOnMany(invocation, chosen, { argv, reporter: here.reporter })
 }
 
 /** The command on one host, in the first slot whose trees nobody else uses. */
-async function runAlone(
-  invocation: Invocation,
-  host: Host,
-  here: { cwd: string; env: Env },
-): Promise<number> {
+async function runAlone(invocation: Invocation, host: Host, here: Here): Promise<number> {
   followParent(here.env)
+  here.reporter.report.host = host.name
   const { plan, locks } = takeFreeSlot(invocation, { host, ...here })
   try {
-    const code = await runOn(plan, here.env)
+    const code = await runOn(plan, here)
     rememberHost(plan, here.env)
-    return code
+    if (code !== 0 || plan.next === undefined) return code
+    return await runOn({ ...plan, command: plan.next, monitor: "none", next: undefined }, here)
   } finally {
     for (const lock of locks) fs.closeSync(lock)
   }
+}
+
+/** Throws UsageError for what does not go with this number of hosts, or would find no place here. */
+function checkTogether({ options, command }: Invocation, hosts: readonly Host[], cwd: string): void {
+  if (isNom(command[0]!) && hosts.length > 1 && !options.pick)
+    throw new UsageError(
+      "nom shows the log of one host",
+      `name one of them, or without nom: ${shownCommand(["edict", hosts.map(({ name }) => name).join(","), command[0]!.replace("nom", "nix"), ...command.slice(1)])}`,
+    )
+  if (options.materialize !== undefined) checkFree(options.materialize, cwd)
 }
 
 /** Prints what would be done on each host. */
@@ -294,19 +360,9 @@ function describe(invocation: Invocation, hosts: readonly Host[], here: { cwd: s
 }
 
 /** One plan on its host, stage after stage. */
-async function runOn(plan: Plan, env: Env): Promise<number> {
-  const report: Report = {
-    host: plan.host.name,
-    exitCode: EDICT_FAILED,
-    stages: [],
-    bytesUp: 0,
-    resultLinks: [],
-    changed: [],
-    refs: [],
-    conflicts: [],
-    notes: [],
-  }
-  const context = await startContext(plan, env, report)
+async function runOn(plan: Plan, here: Here): Promise<number> {
+  const { report } = here.reporter
+  const context = await startContext(plan, here)
   const watch = handleSignals(context)
   try {
     const connecting = stage(context, "connect", () => connect(context))
@@ -318,17 +374,29 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
       },
     )
     const { states, outcome } = (await runAtOnce(context, scans)) ?? (await runAfterUpload(context, scans))
-    const trouble = await firstTrouble([
-      stage(context, "results", () => fetchResults(context, outcome)),
+    context.ran = "to its end"
+    const failure = await firstTrouble(context, [
+      stage(context, "results", () =>
+        plan.options.materialize === undefined
+          ? fetchResults(context, outcome)
+          : materialize(context, outcome, plan.options.materialize),
+      ).catch((error: unknown) => {
+        throw isInterrupted(context) ? withoutResults(plan.host) : error
+      }),
       stage(context, "sync back", () => syncBack(context, states, outcome)),
     ])
+    const trouble = failure ?? (outcome.unheard ? endedUnheard(plan.host) : undefined)
     tellChanges(context)
+    explainOutcome(context, outcome.exitCode)
     // Nix itself ends with 1 when it is interrupted; a command's own code counts.
-    const code = context.signal && outcome.exitCode === 1 ? signalCode(context.signal) : outcome.exitCode
-    report.exitCode = trouble ? tell(trouble) : report.conflicts.length > 0 ? EDICT_FAILED : code
+    const isSignalled = outcome.exitCode === 1 || isInterrupted(context)
+    const code = context.signal && isSignalled ? signalCode(context.signal) : outcome.exitCode
+    if (trouble) noteFailure(report, trouble)
+    report.exitCode = report.conflicts.length > 0 ? EDICT_FAILED : code
+    if (trouble) report.exitCode = tell(trouble, context.steps)
     return report.exitCode
   } catch (error) {
-    report.exitCode = error instanceof EdictError ? error.exitCode : EDICT_FAILED
+    await delay(100) // Ctrl-C ends what we started, too; we may hear of that first, and of the signal now
     throw error
   } finally {
     watch.dispose()
@@ -339,7 +407,16 @@ async function runOn(plan: Plan, env: Env): Promise<number> {
 // Looks nothing up. Options stand before HOST; the first word that is none ends them.
 
 const SSH_VALUE_OPTIONS = ["o", "p", "i", "F", "J"] as const
-const VALUE_OPTIONS = ["report", "config", "system", "features", "jobs", "completion", "link-suffix"] as const
+const VALUE_OPTIONS = [
+  "report",
+  "config",
+  "system",
+  "features",
+  "jobs",
+  "completion",
+  "link-suffix",
+  "materialize",
+] as const
 const VALUE_WORD = new RegExp(`^(--(?:${VALUE_OPTIONS.join("|")}))(?:=(.*))?$`, "s")
 const FLAG_OPTIONS = [
   "hosts",
@@ -369,7 +446,7 @@ const FLAG_WORDS: readonly string[] = [
  * Throws UsageError for an unknown option, a missing value, host or command.
  */
 export async function parseArguments(argv: readonly string[], env: Env): Promise<Invocation> {
-  const { default: minimist } = await import("minimist")
+  const { default: minimist } = await load("minimist", () => import("minimist"))
   const [expanded, rest] = splitOptions(argv)
   const parsed = minimist(expanded, {
     string: [...SSH_VALUE_OPTIONS, ...VALUE_OPTIONS],
@@ -397,6 +474,7 @@ export async function parseArguments(argv: readonly string[], env: Env): Promise
     jobs: jobsOf(value("jobs")),
     failFast: flag("fail-fast"),
     linkSuffix: value("link-suffix") ?? "",
+    materialize: value("materialize"),
     report: value("report"),
     config: value("config"),
     sshOptions: [...sshOptionWords(expanded), ...(flag("A", "forward-agent") ? ["-A"] : [])],
@@ -516,6 +594,7 @@ export type HostConfig = Readonly<{
   import?: "sudo" // paths come in through sudo nix-store --import
   compress: boolean | "auto"
   substitute: boolean // ask the substituters here before the host
+  sendInputs: boolean // locked inputs are fetched here
 }>
 export type Config = Readonly<{
   file: string
@@ -579,6 +658,7 @@ const HOST_KEYS: Readonly<Record<string, Check>> = {
   import: "import",
   compress: "compress",
   substitute: "flag",
+  "send-inputs": "flag",
 }
 
 function isTable(value: unknown): value is Record<string, unknown> {
@@ -587,7 +667,7 @@ function isTable(value: unknown): value is Record<string, unknown> {
 
 /** TOML text → Config. Throws EdictError that names file, key and what is allowed. */
 export async function parseConfig(text: string, file: string): Promise<Config> {
-  const { default: toml } = await import("@iarna/toml")
+  const { default: toml } = await load("@iarna/toml", () => import("@iarna/toml"))
   let top: Record<string, unknown>
   try {
     top = toml.parse(text)
@@ -653,15 +733,22 @@ function hostConfig(table: Record<string, unknown>): HostConfig {
     import: table.import as "sudo" | undefined,
     compress: (table.compress as boolean | "auto" | undefined) ?? "auto",
     substitute: table.substitute === true,
+    sendInputs: table["send-inputs"] === true,
   }
 }
 
-/** Reads the host config; a missing default file is an empty config, a missing named one an error. */
+/** The host config of users who have none of their own; the NixOS module writes it. */
+const SYSTEM_CONFIG = "/etc/edict/config.toml"
+
+/**
+ * Reads the host config: the one named, else the user's own, else the machine's. None of the latter two is an empty
+ * config; a missing named one is an error.
+ */
 async function readConfig(options: Options, env: Env): Promise<Config> {
   const named = options.config ?? (env.EDICT_CONFIG || undefined)
-  const file =
-    named ?? path.join(env.XDG_CONFIG_HOME || path.join(homeOf(env), ".config"), "edict", "config.toml")
-  if (named === undefined && !fs.existsSync(file)) return { file, hosts: {} }
+  const own = path.join(env.XDG_CONFIG_HOME || path.join(homeOf(env), ".config"), "edict", "config.toml")
+  const file = named ?? [own, SYSTEM_CONFIG].find((name) => fs.existsSync(name))
+  if (file === undefined) return { file: own, hosts: {} }
   try {
     const config = await parseConfig(fs.readFileSync(file, "utf8"), file)
     return { ...config, hosts: { ...readMachines(config, env), ...config.hosts } }
@@ -776,7 +863,7 @@ export function chooseHosts(config: Config, invocation: Invocation, env: Env): H
   if (word === undefined)
     throw new UsageError(
       "no host given, and no default",
-      `edict HOST ${shown(invocation.command.map(shellQuote).join(" "))}, or: default = "HOST" in ${config.file}`,
+      `edict HOST ${shownCommand(invocation.command)}, or: default = "HOST" in ${config.file}`,
     )
   const names = word
     .split(",")
@@ -836,6 +923,7 @@ function hostNamed(
     import: settings.import,
     compress: settings.compress,
     substitute: settings.substitute,
+    sendInputs: settings.sendInputs,
     systems: settings.systems,
     features: settings.features,
     mandatoryFeatures: settings.mandatoryFeatures,
@@ -1116,6 +1204,8 @@ const systemAttribute = new RegExp(String.raw`^\.?(?:${systemOutputs})\."?(${sys
 export function isNixProgram(word: string): boolean {
   return programs.has(word)
 }
+
+const isNom = (program: string): boolean => /^nom(-|$)/.test(program)
 
 /**
  * Classifies the words after `program` by position and grammar, as Nix 2.19 and later do; what 2.4 to 2.18
@@ -1427,7 +1517,7 @@ export function makePlan(
     reference,
     needed: findTree(reference, { scanned, cwd }),
   }))
-  const implicit = scanned.implicit === "none" ? undefined : neededByDefault(scanned.implicit, cwd, program!)
+  const implicit = scanned.implicit === "none" ? undefined : neededByDefault(scanned, cwd)
   const flakes = needs.filter(({ reference }) => reference.kind === "flake").map(({ needed }) => needed)
   const passed = [...flakes, scanned.implicit === "flake" ? implicit : undefined]
   const isInside = passed.some((flake) => flake !== undefined && isWithin(cwd, flake.local))
@@ -1445,6 +1535,7 @@ export function makePlan(
     reference,
     word: mapReference(reference, needed, map),
   }))
+  const rewritten = rewriteCommand(program!, words, { scanned, mapped, implicit, map })
   const comesHome = (local: string) =>
     trees.some((tree) => tree.comesHome === "all" && isWithin(local, tree.local))
   return {
@@ -1452,23 +1543,20 @@ export function makePlan(
     options,
     stateful,
     implicit: scanned.implicit === "flake",
-    references: mapped.map(({ reference, word }) => ({
-      index: reference.index,
-      word: reference.word,
-      kind: shownKind(reference.kind),
-      rewritten: plainWord(word),
-    })),
+    references: mapped.map(asPlanned),
     trees,
     cwd: { local: cwd, remote: map.place(cwd) },
     linkDirectories: linkDirectories(scanned, cwd)
       .filter((local) => !comesHome(local))
       .map((local) => ({ local, remote: map.place(local) })),
     linkPrefix: typeof scanned.outLink === "object" ? path.basename(scanned.outLink.path) : "result",
-    storePaths: [
-      ...scanned.references.flatMap((reference) => reference.target ?? []),
-      ...flakes.flatMap((flake) => (flake?.flakeDirectory ? lockedStorePaths(flake.flakeDirectory) : [])),
-    ],
-    command: rewriteCommand(program!, words, { scanned, mapped, implicit, map }),
+    storePaths: scanned.references.flatMap((reference) => reference.target ?? []),
+    inputs: inputsToSend(
+      passed.flatMap((flake) => flake?.flakeDirectory ?? []),
+      host,
+    ),
+    settings: secretSettings(program!, words).map(({ line }) => line),
+    ...underNom(withLink(rewritten, { scanned, options, host })),
     root,
     seed: where.slot === 0 ? "" : clientRoot({ ...where, slot: 0 }),
     system: scanned.system,
@@ -1506,6 +1594,14 @@ function linkText(file: string): string | undefined {
 
 const shownKind = (kind: ReferenceKind): string =>
   kind === "path-inout" || kind === "path-profile" ? "path-out" : kind
+
+/** A reference and the word for it over there, as the plan shows them. */
+const asPlanned = ({ reference, word }: { reference: Reference; word: RemoteWord }): MappedReference => ({
+  index: reference.index,
+  word: withoutSecret(reference.word),
+  kind: shownKind(reference.kind),
+  rewritten: withoutSecret(plainWord(word)),
+})
 
 /** The tree that one reference needs. Throws EdictError for what is not there. */
 function findTree(reference: Reference, at: { scanned: Scan; cwd: string }): Needed | undefined {
@@ -1583,8 +1679,8 @@ function gitRootOf(directory: string): string | undefined {
 }
 
 /** What the default stands for: the flake in `.`, or default.nix / shell.nix of the older programs. */
-function neededByDefault(implicit: "flake" | "file", cwd: string, program: string): Needed | undefined {
-  if (implicit === "flake")
+function neededByDefault(scanned: Scan, cwd: string): Needed | undefined {
+  if (scanned.implicit === "flake")
     return findFlake(
       {
         index: -1,
@@ -1600,7 +1696,7 @@ function neededByDefault(implicit: "flake" | "file", cwd: string, program: strin
       cwd,
     )
   const file = ["shell.nix", "default.nix"]
-    .slice(program === "nix-shell" ? 0 : 1)
+    .slice(scanned.command === "nix-shell" ? 0 : 1)
     .find((name) => fs.existsSync(path.join(cwd, name)))
   return file ? neededInput(fs.realpathSync(path.join(cwd, file))) : undefined
 }
@@ -1657,18 +1753,25 @@ function lockedInputs(flakeDirectory: string): Needed[] {
 }
 
 /**
- * Store paths of the locked inputs that no other machine can fetch, as far as they are valid here: local git
- * repositories, and relative paths as Nix before 2.26 locks them.
+ * The locked inputs of flakes that a host may lack: those that no other machine can fetch (local git repositories, and
+ * relative paths as Nix before 2.26 locks them), as far as they are in the store here. With send-inputs all others,
+ * too, but for those that travel as trees.
  */
-function lockedStorePaths(flakeDirectory: string): string[] {
-  return readLock(flakeDirectory).flatMap(({ locked, parent }) => {
-    const { type, url, narHash } = locked ?? {}
-    const isLocal =
-      (type === "git" && url?.startsWith("file:")) ||
-      (type === "path" && !locked?.path?.startsWith("/") && parent === undefined)
-    const place = isLocal && narHash?.startsWith("sha256-") ? sourcePath(narHash) : undefined
-    return place !== undefined && fs.existsSync(place) ? [place] : []
-  })
+function inputsToSend(flakeDirectories: readonly string[], { sendInputs }: Host): LockedInput[] {
+  const found = flakeDirectories.flatMap((directory) =>
+    readLock(directory).flatMap(({ name, locked, parent }): LockedInput[] => {
+      const { type, url, narHash } = locked ?? {}
+      const isPath = type === "path"
+      const isLocal = isPath
+        ? !locked?.path?.startsWith("/") && parent === undefined
+        : type === "git" && url?.startsWith("file:")
+      if (!locked || !narHash?.startsWith("sha256-")) return []
+      const place = sourcePath(narHash)
+      const isSent = (sendInputs && !isPath) || (isLocal && fs.existsSync(place))
+      return isSent ? [{ name, path: place, locked }] : []
+    }),
+  )
+  return [...new Map(found.map((input) => [input.path, input])).values()]
 }
 
 /** Where a source tree with this hash is in the store: named by the first 160 bits, folded, in Nix's base 32. */
@@ -1683,7 +1786,8 @@ export function sourcePath(narHash: string): string {
 }
 
 type LockNode = Readonly<{
-  locked?: Readonly<{ type?: string; path?: string; url?: string; narHash?: string }>
+  name: string
+  locked?: Readonly<{ type?: string; path?: string; url?: string; narHash?: string; dir?: string }>
   parent?: unknown
 }>
 
@@ -1691,9 +1795,9 @@ type LockNode = Readonly<{
 function readLock(flakeDirectory: string): LockNode[] {
   try {
     const lock = JSON.parse(fs.readFileSync(path.join(flakeDirectory, "flake.lock"), "utf8")) as {
-      nodes?: Record<string, LockNode>
+      nodes?: Record<string, Omit<LockNode, "name">>
     }
-    return Object.values(lock.nodes ?? {})
+    return Object.entries(lock.nodes ?? {}).map(([name, node]) => ({ ...node, name }))
   } catch {
     return []
   }
@@ -1755,7 +1859,9 @@ function rewriteCommand(
   },
 ): RemoteWord[] {
   const { scanned, mapped, implicit, map } = plan
-  const rewritten = words.map((word, index): RemoteWord => {
+  const secret = new Set(secretSettings(program, words).flatMap(({ indices }) => indices))
+  const rewritten = words.map((word, index): RemoteWord | undefined => {
+    if (secret.has(index)) return undefined
     const other = mapped.find(({ reference }) => reference.index === index)?.word
     // What is no reference is the name of an input.
     return scanned.updatePositional.includes(index) && typeof other === "string"
@@ -1766,7 +1872,75 @@ function rewriteCommand(
     const relative = path.relative(map.place(map.cwd), map.place(implicit.flakeDirectory!)) || "."
     rewritten.splice(scanned.insertAt, 0, `path:${encodeURI(relative)}`)
   }
-  return [program, ...rewritten]
+  return [program, ...rewritten.filter((word) => word !== undefined)]
+}
+
+/** Settings of Nix whose values are secret. */
+const SECRET_SETTING = /^(extra-)?(access-tokens|impure-env)$/
+
+/**
+ * The options of a command that set something secret: which words they are, and the line of nix.conf that says the
+ * same. On a command line every user of a machine can read them; over there they go into NIX_CONFIG.
+ */
+export function secretSettings(
+  program: string,
+  words: readonly string[],
+): readonly Readonly<{ indices: readonly number[]; line: string }>[] {
+  if (!words.some((word) => SECRET_SETTING.test(word.replace(/^--/, "")))) return []
+  const { tokens } = readLine(program, words)
+  return tokens.flatMap((token, at) => {
+    const isOption = token.option === "--option"
+    const own = { ...token, text: token.text.replace(/^--/, "") }
+    const [name, value] = isOption ? tokens.slice(at + 1) : [own, tokens[at + 1]]
+    if (token.nth !== -1 || !name || !value || !SECRET_SETTING.test(name.text)) return []
+    // A line of nix.conf cannot say everything.
+    if (value.nth !== (isOption ? 1 : 0) || /[#\r\n]/.test(value.text)) return []
+    return [{ indices: [token.index, name.index, value.index], line: `${name.text} = ${value.text}` }]
+  })
+}
+
+/** Where a result link waits that only --materialize needs: it goes with the run. `run` is the name of the run. */
+const linkPlace = (host: Host, run: string): string => `${host.directory}/run/${run}/out`
+
+/** --materialize needs to know what was built: a link in the run's own directory where the command wants none. */
+function withLink(
+  command: readonly RemoteWord[],
+  how: { scanned: Scan; options: Options; host: Host },
+): readonly RemoteWord[] {
+  const { scanned, options, host } = how
+  const end = command.indexOf("--")
+  const at = command.findIndex((word) => word === "--no-link" || word === "--no-out-link")
+  const makesLinks = scanned.outLink === "none" && linkingCommands.has(scanned.command)
+  if (options.materialize === undefined || !makesLinks || at < 0 || (end >= 0 && end < at)) return command
+  const link = { prefix: "", home: `${linkPlace(host, "RUN")}/result`, suffix: "", of: "run" } as const
+  return command.toSpliced(at, 1, "--out-link", link)
+}
+
+/**
+ * What runs for a command of nom, as nom 2.1 does it (exe/Main.hs): `build` with the log as JSON; `shell` and
+ * `develop` first without what they are to start, and when all is built once more as they are. Other commands stay.
+ * Throws UsageError for what nom itself does not know.
+ */
+export function underNom(command: readonly RemoteWord[]): Pick<Plan, "command" | "monitor" | "next"> {
+  const [program, ...words] = command
+  if (typeof program !== "string" || !isNom(program)) return { command, monitor: "none" }
+  const log = ["-v", "--log-format", "internal-json"]
+  if (program === "nom-build") return { command: ["nix-build", ...log, ...words], monitor: "nom" }
+  if (program === "nom-shell") {
+    const first = ["nix-shell", ...log, ...words, "--run", "exit"]
+    return { command: first, monitor: "nom", next: ["nix-shell", ...words] }
+  }
+  const [action, ...rest] = words
+  if (action === "build") return { command: ["nix", action, ...log, ...rest], monitor: "nom" }
+  if (action !== "shell" && action !== "develop")
+    throw new UsageError("nom shows only build, shell and develop", "edict HOST nom build .#x")
+  const end = rest.findIndex((word) => word === "--command" || word === "-c")
+  const first = ["nix", action, ...log, ...(end < 0 ? rest : rest.slice(0, end))]
+  return {
+    command: [...first, "--command", "sh", "-c", "exit"],
+    monitor: "nom",
+    next: ["nix", action, ...rest],
+  }
 }
 
 /** The root of this machine's trees on a host: readable name, and a hash that tells machines and users apart. */
@@ -1818,8 +1992,13 @@ const plainWord = (word: RemoteWord): string =>
 
 /** The plan as `--dry-run --json` prints it. */
 export function planAsJson(plan: Plan): string {
-  const { host, stateful, implicit, references, trees, cwd, command } = plan
-  return `${JSON.stringify({ host: host.name, stateful, implicit, references, trees: trees.map(({ local, remote, kind }) => ({ local, remote, kind })), cwd: cwd.remote, command: command.map(plainWord) }, null, 2)}\n`
+  const { host, stateful, implicit, references, trees, cwd, command, monitor, next } = plan
+  const nom = monitor === "nom" ? { monitor: NOM } : {}
+  const listed = (words: readonly RemoteWord[]) => words.map((word) => withoutSecret(plainWord(word)))
+  const second = next ? { next: listed(next) } : {}
+  const settings = plan.settings.length > 0 ? { settings: plan.settings.map(settingName) } : {}
+  const inputs = plan.inputs.length > 0 ? { inputs: plan.inputs.map((input) => input.path) } : {}
+  return `${JSON.stringify({ host: host.name, stateful, implicit, references, trees: trees.map(({ local, remote, kind }) => ({ local, remote, kind })), ...inputs, cwd: cwd.remote, ...settings, command: listed(command), ...nom, ...second }, null, 2)}\n`
 }
 
 /** The plan as the shell lines that would run, stage after stage. */
@@ -1839,29 +2018,53 @@ export function describePlan(plan: Plan): string {
         ),
       ),
     ])
-  const words = plan.command.map((word) =>
+  const quoted = (word: RemoteWord) =>
     typeof word === "string"
-      ? shellQuote(word)
+      ? shellQuote(withoutSecret(word))
       : "update" in word
         ? shellQuote(word.update)
-        : `${shellQuote(word.prefix)}"${plainWord({ ...word, prefix: "", suffix: "" })}"${shellQuote(word.suffix)}`,
-  )
-  const run = `cd ${shellQuote(plan.cwd.remote)} && ${words.join(" ")}`
-  const results =
-    plan.options.action === "dry-run"
-      ? [
-          `# result links that it made, after their closures came home`,
-          `${line([...ssh, "nix-store --export PATHS…"])} | nix-store --import`,
-          "nix-store --realise PATH --indirect --add-root LINK",
-        ]
-      : []
+        : `${shellQuote(word.prefix)}"${plainWord({ ...word, prefix: "", suffix: "" })}"${shellQuote(word.suffix)}`
+  const secret = plan.settings.map((setting) => `${settingName(setting)} = …`).join("\n")
+  const settings = secret === "" ? "" : `NIX_CONFIG=${shellQuote(secret)} `
+  const runs = (command: readonly RemoteWord[]) =>
+    line([...ssh, `cd ${shellQuote(plan.cwd.remote)} && ${settings}${command.map(quoted).join(" ")}`])
+  const run =
+    plan.monitor === "nom"
+      ? `{ ${runs(plan.command)} 2>&1 >&3 | ${line(NOM)} >&2; } 3>&1`
+      : runs(plan.command)
+  const again = plan.next ? ["# and then, if that ended well", runs(plan.next)] : []
+  const results = plan.options.action === "dry-run" ? describeResults(plan, line(ssh)) : []
   const home = plan.trees
     .filter((tree) => tree.comesHome !== "nothing")
     .map(
       (tree) =>
         `${line([...ssh, `tar -cf - -C ${tree.remote} CHANGED…`])} | tar -xf - -C STAGING   # then file by file into ${shown(tree.local)}${tree.comesHome === "all" ? "" : ": flake.lock only"}`,
     )
-  return [...upload.flat(), "# run", line([...ssh, run]), ...results, ...home, ""].join("\n")
+  const inputs = describeInputs(plan, line(ssh))
+  return [...upload.flat(), ...inputs, "# run", run, ...again, ...results, ...home, ""].join("\n")
+}
+
+/** The lines for locked inputs that may have to go over. */
+function describeInputs({ inputs, host }: Plan, ssh: string): string[] {
+  if (inputs.length === 0) return []
+  return [
+    `# ${inputs.length} locked input${inputs.length === 1 ? "" : "s"}: what ${shown(host.name)} lacks of them, fetched here first if need be`,
+    `tar -cf - -C /nix/store INPUTS… | ${ssh} 'tar -xf - && nix-store --add INPUT…'`,
+  ]
+}
+
+/** The lines for what results there may be. */
+function describeResults({ options, cwd }: Plan, ssh: string): string[] {
+  if (options.materialize !== undefined)
+    return [
+      `# the files of what its result links lead to, as plain files`,
+      `${ssh} 'tar -cf - -C /nix/store FILES…' | tar -xf - -C STAGING   # then into ${shown(path.resolve(cwd.local, options.materialize))}`,
+    ]
+  return [
+    `# result links that it made, after their closures came home`,
+    `${ssh} 'nix-store --export PATHS…' | nix-store --import`,
+    "nix-store --realise PATH --indirect --add-root LINK",
+  ]
 }
 // ── 8. Local state: what belongs to a tree, and the last state that both sides agreed on ────────────────
 // A manifest per host and tree: path → type, mode, stat identity, content hash. What stat says is trusted
@@ -1947,7 +2150,11 @@ function writeManifest(file: string, manifest: Manifest): void {
 type Place = Readonly<{ name: Name; root: string; inner: Name; stat: Stat }>
 
 /** The state of every path, hashed where the manifest does not vouch for it. */
-function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | undefined): Map<Name, Source> {
+function sourcesOf(
+  places: readonly Place[],
+  known: ReadonlyMap<Name, Entry> | undefined,
+  tick: () => void = () => undefined, // called for each file that is read
+): Map<Name, Source> {
   const sources = new Map<Name, Source>()
   const now = nanoseconds()
   for (const place of places) {
@@ -1958,6 +2165,7 @@ function sourcesOf(places: readonly Place[], known: ReadonlyMap<Name, Entry> | u
     const seen = type === "directory" ? "" : identityOf(stat)
     const trusted = before !== undefined && seen !== "" && before.identity === seen && before.type === type
     const contents = trusted ? before.hash : contentHash(`${root}/${inner}`, type)
+    if (!trusted) tick()
     sources.set(name, {
       name,
       root,
@@ -2020,22 +2228,26 @@ async function listRepository(tree: Tree, root: string, prefix: Name, env: Env):
   const directory = prefix === "" ? root : `${root}/${prefix.slice(0, -1)}`
   const copying = copyGit(text(directory), { history: tree.history, env })
   copying.catch(() => undefined)
-  const listed = await capture(
-    git(text(directory), "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard"),
-  )
+  const list = (...which: string[]) => capture(git(text(directory), "ls-files", "-z", ...which))
+  // It walks the directories, which takes as long as looking at the tracked files.
+  const untracked = list("--others", "--exclude-standard")
+  untracked.catch(() => undefined)
   const places: Place[] = []
-  const tags = new Map<Name, string>()
-  for (const item of listed.split("\0"))
-    tags.set(item.endsWith("/") ? item.slice(2, -1) : item.slice(2), item[0] ?? "")
-  for (const [inner, tag] of tags) {
-    const stat = inner === "" || isOwn(inner) ? undefined : lstat(`${directory}/${inner}`)
-    // Result links are this side's own; Nix does not see an untracked one.
-    if (!stat || (tag === "?" && stat.isSymbolicLink() && linksToStore(`${directory}/${inner}`))) continue
-    const name = prefix + inner
-    const isRepository = stat.isDirectory() && lstat(`${directory}/${inner}/.git`) !== undefined
-    if (isRepository) places.push(...(await listRepository(tree, root, `${name}/`, env)))
-    else if (!stat.isDirectory() || tag !== "?") places.push({ name, root, inner: name, stat }) // an empty submodule
+  const nested: Name[] = []
+  const add = (listed: string, kind: "tracked" | "untracked") => {
+    for (const inner of new Set(listed.split("\0").map((name) => name.replace(/\/$/, "")))) {
+      const stat = inner === "" || isOwn(inner) ? undefined : lstat(`${directory}/${inner}`)
+      // Result links are this side's own; Nix does not see an untracked one.
+      const isOut = kind === "untracked" && stat?.isSymbolicLink() && linksToStore(`${directory}/${inner}`)
+      if (!stat || isOut) continue
+      const name = prefix + inner
+      if (stat.isDirectory() && lstat(`${directory}/${inner}/.git`)) nested.push(`${name}/`)
+      else if (!stat.isDirectory() || kind === "tracked") places.push({ name, root, inner: name, stat }) // an empty submodule
+    }
   }
+  add(await list("--cached"), "tracked")
+  add(await untracked, "untracked")
+  for (const repository of nested) places.push(...(await listRepository(tree, root, repository, env)))
   const copy = bytes(await copying)
   return [
     ...places,
@@ -2465,8 +2677,9 @@ function replaceFile(directory: string, name: string, content: string | Buffer):
   fs.renameSync(temporary, path.join(directory, name))
 }
 // ── 10. Upload: the remote trees become what the local ones are ─────────────────────────────────────────
-// The agent says whether a tree is what the manifest takes it for. What differs goes by rsync, from explicit
-// lists, into an empty directory beside the tree, and is put in its place when all of it is there.
+// The agent says whether a tree is what the manifest takes it for. What differs goes by rsync, or by tar where one
+// side has no rsync that is fit, from explicit lists, into an empty directory beside the tree, and is put in its place
+// when all of it is there.
 
 /** What every tree is here now, beside what it was when both sides agreed. */
 async function scanTrees(context: Context): Promise<Scanned[]> {
@@ -2503,6 +2716,8 @@ async function runAtOnce(context: Context, scans: readonly Scanned[]): Promise<R
   })
   if (plan.storePaths.length > 0 || !updates.every((update) => update !== undefined && isSmall(update.delta)))
     return undefined
+  // First of all: what comes after a request that fails does not happen.
+  const asked = plan.inputs.length > 0 ? [session.ask("valid", ...plan.inputs.map(({ path }) => path))] : []
   const requests = updates.flatMap((update) => {
     const opening = openTree(context, update!.tree, {
       manifests: [update!.agreed],
@@ -2514,13 +2729,13 @@ async function runAtOnce(context: Context, scans: readonly Scanned[]): Promise<R
       ...(isEmpty(update!.delta)
         ? []
         : [
-            ...update!.delta.send.map((source) => sendInline(session, update!.tree, source)),
+            ...update!.delta.send.map((source) => sendInline(context, update!.tree, source)),
             ...commitTree(context, update!),
           ]),
     ]
   })
   const running = runCommand(context, plan.trees)
-  const failed = (await Promise.allSettled([session.greeting, ...requests])).find(
+  const failed = (await Promise.allSettled([session.greeting, ...asked, ...requests])).find(
     (result) => result.status === "rejected",
   )
   if (!failed) {
@@ -2535,6 +2750,9 @@ async function runAtOnce(context: Context, scans: readonly Scanned[]): Promise<R
 
 /** The usual way: every tree is brought up to date, then the command runs. */
 async function runAfterUpload(context: Context, scans: readonly Scanned[]): Promise<Ran> {
+  // It came while runAtOnce tried.
+  if (context.signal)
+    throw new EdictError("interrupted before the command began", "", signalCode(context.signal))
   const states = await stage(context, "upload", () => upload(context, scans))
   return { states, outcome: await stage(context, "run", () => runCommand(context, context.plan.trees)) }
 }
@@ -2542,10 +2760,19 @@ async function runAfterUpload(context: Context, scans: readonly Scanned[]): Prom
 /** Brings every tree up to date; answers their agreed states. Nothing of a failed upload is put in place. */
 async function upload(context: Context, scans: readonly Scanned[]): Promise<TreeState[]> {
   const states: TreeState[] = []
+  context.rsync = askRsync(context.env) // beside the first request
+  context.rsync.catch(() => undefined)
+  const { inputs } = context.plan
+  const lacking = inputs.length > 0 ? context.session!.ask("missing", ...inputs.map(({ path }) => path)) : []
   for (const [at, tree] of context.plan.trees.entries())
     states.push(await uploadTree(context, tree, scans[at]!))
   for (const { tree } of states) if (tree.input) await context.session!.ask("input", tree.id, tree.input)
   await uploadStorePaths(context)
+  const paths = new Set((await lacking).map((line) => line.slice(2)))
+  await uploadInputs(
+    context,
+    inputs.filter(({ path }) => paths.has(path)),
+  )
   return states
 }
 
@@ -2580,7 +2807,7 @@ async function scanAgainst(context: Context, tree: Tree): Promise<Scanned> {
         return sourcesOf(places, saved.entries)
       },
     }
-  const sources = sourcesOf(places, saved?.entries)
+  const sources = sourcesOf(places, saved?.entries, context.steps.tick)
   const manifest = saved && { ...saved, pruned: await stillIgnored({ tree, manifest: saved }, sources) }
   return { manifest, unsettled, places, fingerprint, isSame: false, sources }
 }
@@ -2665,7 +2892,8 @@ async function uploadTree(context: Context, tree: Tree, scanned: Scanned): Promi
   const update = updateOf(tree, now)
   if (isEmpty(update.delta) && opened.state === "same") return settle(context, update)
   const whole = { ...update, manifest: { ...update.manifest, token: randomName(), previous: undefined } }
-  if (whole.delta.send.length > 0) await sendFiles(context, tree, whole.delta)
+  if (whole.delta.send.length > 0)
+    await sendFiles(context, tree, { delta: whole.delta, rsyncThere: opened.rsync })
   await Promise.all(commitTree(context, whole))
   return settle(context, whole)
 }
@@ -2693,6 +2921,7 @@ type Opened = Readonly<{
   token: string
   git: GitChanges
   changes: readonly Change[]
+  rsync: string // first line of what rsync over there says of itself; "" without one
 }>
 
 async function openTree(
@@ -2735,6 +2964,7 @@ async function openTree(
       ({ name, what }) => what !== "deleted" || !pruned.some((directory) => isWithin(name, directory)),
     ),
     git: parseGitChanges(answer),
+    rsync: answer.find((line) => line.startsWith("r "))?.slice(2) ?? "",
   }
 }
 
@@ -2774,46 +3004,108 @@ export function rsyncArguments(host: Host, ssh: readonly string[], from: string,
   ]
 }
 
-/** Carries files into the empty directory beside the tree: one rsync for each directory they are read from. */
-async function sendFiles(context: Context, tree: Tree, delta: Delta): Promise<void> {
-  const { name: host, destination } = context.plan.host
-  if (!(await context.session!.greeting).has("rsync yes"))
-    throw new EdictError(
-      `no rsync on ${host}`,
-      `install rsync there, e.g. ssh ${destination} nix profile install nixpkgs#rsync`,
-    )
-  const groups = Map.groupBy(delta.send, (source) => JSON.stringify([source.root, prefixOf(source)]))
-  await Promise.all(
-    [...groups].map(async ([key, sources]) => {
-      const [root, prefix] = JSON.parse(key) as [string, string]
-      // A name with # or ; in front would be a comment.
-      const input = Buffer.from(
-        sources.map(({ inner }) => `${inner.replace(/^(?=[#;])/, "./")}\0`).join(""),
-        "latin1",
-      )
-      const [command, ...options] = rsyncArguments(
-        context.plan.host,
-        context.noisy ? pastNoise(sshProgram(context)) : sshProgram(context),
-        `${text(root)}/`,
-        incomingOf(context.plan, tree) + text(prefix),
-      )
-      if (context.noisy) options.unshift(`--rsync-path=${BEGIN}; rsync`)
-      const progress = await startProgress(
-        context,
-        "files",
-        sources.map((source) => Number(lstat(`${source.root}/${source.inner}`)?.size ?? 0n)),
-      )
-      const counting =
-        progress.counter && (await capture(["rsync", "--version"], "may-fail")).includes("version 3.")
-          ? ["--info=progress2"]
-          : []
-      await execute(context, [command!, ...counting, ...options], {
-        input,
-        what: `upload of ${shown(tree.local)}`,
-        onOutput: progress.read,
-      }).finally(progress.end)
-    }),
+/**
+ * What is wrong with an rsync, by the first line of what `rsync --version` says ("" where there is none); undefined if
+ * it is fit. openrsync (of macOS since 15.4, and of OpenBSD) stops at a dangling symbolic link in --files-from, or
+ * does not know the option.
+ */
+export function unfitRsync(version: string): string | undefined {
+  if (version === "") return "no rsync"
+  return /^rsync +version /.test(version) ? undefined : version.split(":")[0]!
+}
+
+/** First line of what rsync here says of itself; "" without one. */
+async function askRsync(env: Env): Promise<string> {
+  if (!hasProgram("rsync", env)) return ""
+  return firstLine(await capture(["bash", "-c", "rsync --version 2>&1"], "may-fail"))
+}
+
+/** Files that are read from one directory, and the directory there that takes them. */
+type Cargo = Readonly<{ tree: Tree; root: string; to: Name; sources: readonly Source[]; progress: Progress }>
+
+/** Carries files into the empty directory beside the tree: one rsync, or tar, for each directory they are read from. */
+async function sendFiles(
+  context: Context,
+  tree: Tree,
+  upload: { delta: Delta; rsyncThere: string },
+): Promise<void> {
+  const { send } = upload.delta
+  const rsyncHere = await (context.rsync ??= askRsync(context.env))
+  const [here, there] = [unfitRsync(rsyncHere), unfitRsync(upload.rsyncThere)]
+  const why = here ? `${here} here` : there ? `${there} on ${context.plan.host.name}` : undefined
+  if (why !== undefined) tellOfTar(context, why)
+  const groups = Map.groupBy(send, (source) => JSON.stringify([source.root, prefixOf(source)]))
+  const sending = [...groups].map(async ([key, sources]) => {
+    const [root, prefix] = JSON.parse(key) as [string, string]
+    const sizes = sources.map((source) => Number(lstat(`${source.root}/${source.inner}`)?.size ?? 0n))
+    const progress = await startProgress(context, "files", sizes)
+    const cargo = { tree, root, to: bytes(incomingOf(context.plan, tree)) + prefix, sources, progress }
+    const sent = why === undefined ? sendByRsync(context, cargo, rsyncHere) : sendByTar(context, cargo)
+    await sent.finally(progress.end)
+    context.report.bytesUp += sum(sizes)
+  })
+  const making = why === undefined ? [] : [makeDirectories(context.session!, tree, send)]
+  await Promise.all([...sending, ...making])
+}
+
+/** `-v`, once a run: why rsync does not do it. */
+function tellOfTar(context: Context, why: string): void {
+  const message = `files go up by tar: ${shown(why)}`
+  if (context.report.notes.includes(message)) return
+  context.report.notes.push(message)
+  if (context.plan.options.verbosity > 0) say(message)
+}
+
+async function sendByRsync(context: Context, cargo: Cargo, version: string): Promise<void> {
+  const { tree, root, to, sources, progress } = cargo
+  // A name with # or ; in front would be a comment.
+  const names = sources.map(({ inner }) => `${inner.replace(/^(?=[#;])/, "./")}\0`).join("")
+  const [command, ...options] = rsyncArguments(
+    context.plan.host,
+    context.noisy ? pastNoise(sshProgram(context)) : sshProgram(context),
+    `${text(root)}/`,
+    text(to),
   )
+  if (context.noisy) options.unshift(`--rsync-path=${BEGIN}; rsync`)
+  const counting = progress.counter && version.includes("version 3.") ? ["--info=progress2"] : []
+  await execute(context, [command!, ...counting, ...options], {
+    input: Buffer.from(names, "latin1"),
+    what: `upload of ${shown(tree.local)}`,
+    onOutput: progress.read,
+  })
+}
+
+/** The same by tar through ssh. Directories are made when the upload is put in its place, whatever their modes here. */
+async function sendByTar(context: Context, { tree, root, to, sources, progress }: Cargo): Promise<void> {
+  const { host } = context.plan
+  const files = sources.filter(({ entry }) => entry.type !== "directory")
+  if (files.length === 0) return
+  const stages = [
+    ["bash", "-c", SEND_SCRIPT, "bash", text(root)],
+    ...(progress.counter ? [progress.counter] : []),
+    withScript(sshArguments(context), UNPACK_SCRIPT, encodeWord(to, "latin1")),
+  ]
+  await execute(context, pipeline(...stages), {
+    input: Buffer.from(files.map(({ inner }) => `./${inner}\0`).join(""), "latin1"),
+    what: `upload of ${shown(tree.local)}`,
+    onErrors: progress.read,
+    failure: (code, errors) =>
+      code === 255 && !/No space left|Disk quota|^ssh: /m.test(errors)
+        ? new EdictError(
+            `the connection to ${host.name} was lost during the upload of ${shown(tree.local)}`,
+            "run it again",
+            SSH_FAILED,
+          )
+        : undefined,
+  })
+}
+
+/** Names the directories that no file brings along to the agent. */
+async function makeDirectories(session: Session, tree: Tree, send: readonly Source[]): Promise<void> {
+  const [directories, files] = partition(send, ({ entry }) => entry.type === "directory")
+  const made = new Set(files.flatMap(({ name }) => parentsOf(name)))
+  const names = directories.filter(({ name }) => !made.has(name)).map(({ name }) => `./${name}\0`)
+  if (names.length > 0) await session.askBytes("list", tree.id, "mkdir", names.join(""))
 }
 
 /** What a path's name in the tree has before its name in the directory it is read from: "", or ".git/". */
@@ -2832,7 +3124,7 @@ function distrustMoved(entries: ReadonlyMap<Name, Entry>, sent: readonly Source[
 }
 
 /** Sends one small file, link or directory in a request. */
-async function sendInline(session: Session, tree: Tree, { root, inner, name, entry }: Source): Promise<void> {
+async function sendInline(context: Context, tree: Tree, { root, inner, name, entry }: Source): Promise<void> {
   const file = `${root}/${inner}`
   const content =
     entry.type === "directory"
@@ -2841,7 +3133,9 @@ async function sendInline(session: Session, tree: Tree, { root, inner, name, ent
         ? fs.readlinkSync(buffer(file), { encoding: "buffer" }).toString("latin1")
         : fs.readFileSync(buffer(file)).toString("latin1")
   const seconds = String((lstat(file)?.mtimeNs ?? 0n) / 1_000_000_000n)
-  await session.askBytes("file", tree.id, entry.type, entry.mode.toString(8), seconds, name, content)
+  const words = [tree.id, entry.type, entry.mode.toString(8), seconds, name, content]
+  await context.session!.askBytes("file", ...words)
+  context.report.bytesUp += content.length
 }
 
 /** Has the agent put an upload in its place; the manifest of the state after it waits until that is confirmed. */
@@ -2903,6 +3197,103 @@ async function uploadStorePaths(context: Context): Promise<void> {
           )
         : undefined,
   }).finally(progress.end)
+  context.report.bytesUp += sum(sizes)
+}
+
+/**
+ * Locked inputs that the host lacks go into its store. They are added by their content, which every user there may do:
+ * `nix-store --import` would take such paths, which nobody signed, from trusted users alone.
+ */
+async function uploadInputs(context: Context, inputs: readonly LockedInput[]): Promise<void> {
+  const { host } = context.plan
+  const sources = inputs.length > 0 ? await fetchInputs(context, inputs) : []
+  if (sources.length === 0) return
+  const paths = sources.map(({ source }) => source)
+  const sizes = lines(await captureEach(["nix-store", "--query", "--size"], paths)).map(Number)
+  const progress = await startProgress(context, "inputs", sizes)
+  const compress = await chooseCompression(context, sum(sizes))
+  const isGnu = (await capture(["tar", "--version"], "may-fail")).includes("GNU")
+  // Directories of the store cannot be written; tars without root's rights may then fail to fill them.
+  const tar = ["tar", ...(isGnu ? ["--mode=u+w"] : ["--format", "gnutar"]), "-cf", "-", "-C", "/nix/store"]
+  const packing = [
+    ["env", "COPYFILE_DISABLE=1", ...tar, "--", ...paths.map((source) => path.basename(source))],
+    ...(progress.counter ? [progress.counter] : []),
+    ...(compress ? [[compress, "-1", "-c"]] : []),
+  ]
+  const pairs = sources.map(({ source, path: place }) => `${path.basename(source)} ${place}`).join(" ")
+  const head = [`${host.directory}/run/${context.run}`, compress ?? "-", encodeWord(pairs)]
+  await execute(context, pipeline(...packing, withScript(sshArguments(context), INPUTS_SCRIPT, ...head)), {
+    what: "upload of inputs",
+    onErrors: progress.read,
+    failure: (code, errors) =>
+      code === 255 && !/No space left|Disk quota|^ssh: /m.test(errors)
+        ? new EdictError(
+            `the connection to ${host.name} was lost while inputs were on their way`,
+            "run it again",
+            SSH_FAILED,
+          )
+        : undefined,
+  }).finally(progress.end)
+  context.report.bytesUp += sum(sizes)
+}
+
+/** An input, and where its content lies in the store here. */
+type InputSource = LockedInput & Readonly<{ source: string }>
+
+/** Most inputs that are fetched at once. */
+const FETCHED_AT_ONCE = 4
+
+/** Finds inputs in the store here, or fetches them with what this side may. What it cannot fetch, the host has to. */
+async function fetchInputs(context: Context, inputs: readonly LockedInput[]): Promise<InputSource[]> {
+  if (!hasProgram("nix-store", context.env))
+    throw new EdictError(
+      "send-inputs needs Nix here, which fetches them",
+      `install Nix, or -A in place of send-inputs in ${tableOf(context.plan.host.name)}`,
+    )
+  const absent = new Set(await invalidHere(inputs.map((input) => input.path)))
+  const queue = inputs.filter((input) => absent.has(input.path))
+  const fetched = new Map<string, string>()
+  const done = queue.length > 0 ? context.steps.begin("fetch inputs here") : () => undefined
+  const worker = async () => {
+    for (let input = queue.shift(); input; input = queue.shift()) {
+      const source = await fetchInput(context, input)
+      if (source !== undefined) fetched.set(input.path, source)
+    }
+  }
+  await Promise.all(Array.from({ length: FETCHED_AT_ONCE }, worker)).finally(done)
+  return inputs.flatMap((input) => {
+    const source = absent.has(input.path) ? fetched.get(input.path) : input.path
+    return source === undefined ? [] : [{ ...input, source }]
+  })
+}
+
+/** Fetches one input as flake.lock has it; undefined if that fails. Its address may hold a password: never an argument. */
+async function fetchInput(context: Context, { name, locked }: LockedInput): Promise<string | undefined> {
+  const { dir: _, ...attributes } = locked
+  const json = JSON.stringify(JSON.stringify(attributes)).replaceAll("${", "\\${")
+  const argv = ["nix-instantiate", "--extra-experimental-features", "nix-command flakes"]
+  try {
+    const answer = await execute(context, [...argv, "--eval", "--json", "--read-write-mode", "-"], {
+      input: Buffer.from(`(builtins.fetchTree (builtins.fromJSON ${json})).outPath`),
+      what: "fetching an input",
+      failure: (_code, errors) => new EdictError(fetchFailure(errors)),
+    })
+    const source: unknown = JSON.parse(answer)
+    if (typeof source === "string" && isStorePath(source)) return source
+    throw new EdictError(`it came to lie at ${shown(answer)}`)
+  } catch (error) {
+    if (context.signal !== undefined) throw error
+    const host = shown(context.plan.host.name)
+    note(context, `input ${shown(name)} cannot be fetched here, so ${host} has to do it: ${reason(error)}`)
+    return undefined
+  }
+}
+
+/** The line of Nix's, or of the program that it used, that says why a fetch failed. */
+function fetchFailure(errors: string): string {
+  const said = plainLines(errors).map((line) => line.trim())
+  const telling = said.find((line) => /denied|^fatal: |[Cc]ould not|verification failed|^error: ./.test(line))
+  return withoutSecret(telling ?? said[0] ?? "it does not say why")
 }
 
 // ── 11. Run: the command, over there ────────────────────────────────────────────────────────────────────
@@ -2915,14 +3306,18 @@ type Outcome = Readonly<{
   changes: ReadonlyMap<string, readonly Change[]>
   git: ReadonlyMap<string, GitChanges>
   unseen: readonly string[]
+  unheard: boolean // the other side heard nothing from here for too long, and ended the command
 }>
+
+/** Milliseconds between two calls to the agent, which ends the command when it hears none: see its watchdog. */
+const BEAT = 1000
 
 /**
  * Runs the command with our standard streams. The agent's answer holds the exit code: ssh's own 255 could be
  * the command's, too.
  */
 async function runCommand(context: Context, trees: readonly Tree[]): Promise<Outcome> {
-  const { plan } = context
+  const plan = planOfRun(context)
   const session = context.session!
   const watched = trees.map((tree) => `${tree.id} ${tree.comesHome}\n`).join("")
   const directories = plan.linkDirectories.map(({ remote }) => `${remote}\n`).join("")
@@ -2936,8 +3331,9 @@ async function runCommand(context: Context, trees: readonly Tree[]): Promise<Out
       .join(""),
     ...encodeCommand(plan),
   )
+  const takeBack = context.steps.lend()
   context.running = true
-  const beat = setInterval(() => session.tell("alive"), 3000)
+  const beat = setInterval(() => session.tell("alive"), BEAT)
   try {
     const ended = openCommandChannel(context)
     const report = await Promise.race([answer, ended.then((code) => lateAnswer(context, answer, code))])
@@ -2946,18 +3342,67 @@ async function runCommand(context: Context, trees: readonly Tree[]): Promise<Out
   } finally {
     clearInterval(beat)
     context.running = false
+    takeBack()
   }
 }
+
+/** The plan with what only this run has: the link for --materialize, and the directory where it appears over there. */
+function planOfRun({ plan, run }: Context): Plan {
+  const isOwnWord = (word: RemoteWord) => typeof word === "object" && "of" in word
+  if (!plan.command.some(isOwnWord)) return plan
+  const remote = linkPlace(plan.host, run)
+  return {
+    ...plan,
+    command: plan.command.map((word) =>
+      isOwnWord(word) ? { prefix: "", home: `${remote}/result`, suffix: "" } : word,
+    ),
+    linkDirectories: [...plan.linkDirectories, { local: plan.cwd.local, remote }],
+  }
+}
+
+/** Whether Ctrl-C came after the command had ended. */
+const isInterrupted = ({ ran }: Context): boolean => ran === "interrupted since"
+
+const withoutResults = (host: Host): EdictError =>
+  new EdictError(`interrupted; the results stay on ${host.name}`, "the same again", signalCode("SIGINT"))
+
+/** The network stood still for longer than the watchdog over there waits, and then it went on. */
+const endedUnheard = (host: Host): EdictError =>
+  new EdictError(
+    `${host.name} heard nothing from here for 6 seconds, and ended the command`,
+    "the same again; what the command changed until then is here",
+    SSH_FAILED,
+  )
 
 /** The channel of the command's standard streams; opened once, it waits over there for what it is to run. */
 function openCommandChannel(context: Context): Promise<number> {
   const { plan } = context
-  const terminal = wantsTerminal(plan.options)
-  const argv = [
+  const terminal = plan.monitor === "none" && wantsTerminal(plan.options)
+  const ssh = [
     ...commandArguments(context, terminal ? "-tt" : "-T"),
     commandLine(plan.host.directory, context.run),
   ]
-  return (context.channel ??= foreground(context, argv, { detached: context.multiplexed && !terminal }))
+  const argv = plan.monitor === "nom" ? shownByNom(ssh, plan.next ? "no input" : "our input") : ssh
+  const isShown = plan.monitor === "nom" || plan.options.verbosity < 0 // by nom, or not at all
+  const reads = isTerminal(0) && !(plan.monitor === "nom" && plan.next)
+  return (context.channel ??= foreground(context, argv, {
+    detached: context.multiplexed,
+    keys: !reads ? "none" : terminal ? "each" : "lines",
+    listenTo: isShown ? "nothing" : terminal ? "stdout" : "stderr",
+  }))
+}
+
+/** nix-output-monitor, as it reads a log of the format internal-json on its standard input (nom 2.0 and later). */
+const NOM = ["nom", "--json"]
+
+/**
+ * A command whose stderr goes to nom, and from there to ours (older ones print to stdout); stdout stays its own, and
+ * so does the exit code. What nom leaves unread is printed as it is. Without input for what runs twice.
+ */
+function shownByNom(argv: readonly string[], input: "our input" | "no input"): string[] {
+  const source = input === "no input" ? " </dev/null" : ""
+  const script = `{ "$@" 2>&1 >&3 3>&-${source} | { ${NOM.join(" ")}; exec cat; } >&2 3>&-; exit "\${PIPESTATUS[0]}"; } 3>&1`
+  return ["bash", "-c", script, "bash", ...argv]
 }
 
 /** Store paths that result links here lead to: their closures need not be named again. */
@@ -3007,7 +3452,7 @@ export function encodeCommand(plan: Plan): string[] {
     if ("update" in word) return [`u${word.update}`]
     return [`p${word.prefix}`, `h${word.home}`, `s${word.suffix}`]
   })
-  return [`d${plan.cwd.remote}`, ...variables, ...words]
+  return [`d${plan.cwd.remote}`, ...variables, ...plan.settings.map((line) => `c${line}`), ...words]
 }
 
 /**
@@ -3063,6 +3508,7 @@ function parseReport(answer: readonly string[], plan: Plan): Outcome {
       ]),
     ),
     unseen: answer.filter((line) => line.startsWith("e ")).map((line) => line.slice(2)),
+    unheard: answer.includes("q"),
   }
 }
 
@@ -3075,6 +3521,7 @@ const isStoreLink = (change: Change): boolean =>
 /** With several hosts, `result-1-dev` of host a is `result-a-1-dev`: as if -o result-a had been given. */
 export function suffixLink(name: string, plan: Pick<Plan, "linkPrefix" | "options">): string {
   const { linkPrefix, options } = plan
+  if (options.materialize !== undefined) return name
   const rest = name.slice(linkPrefix.length)
   return name.startsWith(linkPrefix) && /^(-|$)/.test(rest)
     ? linkPrefix + options.linkSuffix + rest
@@ -3137,6 +3584,10 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
   const { report, plan } = context
   if (outcome.links.length === 0) return
   if (!hasProgram("nix-store", context.env)) {
+    note(
+      context,
+      `the files of a result come without Nix, too: edict --materialize DIR ${shellQuote(plan.host.name)} …`,
+    )
     for (const { link, target } of outcome.links)
       note(context, `no nix here: ${shown(path.basename(link))} is ${target} on ${plan.host.name}`)
     return
@@ -3171,14 +3622,12 @@ async function fetchResults(context: Context, outcome: Outcome): Promise<void> {
       })
   }
   if (blocked[0]) throw blocked[0]
-  if (report.resultLinks.length > 0)
-    note(
-      context,
-      report.resultLinks
-        .map(({ link, target }) => `${shown(path.relative(plan.cwd.local, link))} -> ${target}`)
-        .join("\nedict: "),
-    )
+  const made = report.resultLinks.map(({ link, target }) => `${nameHere(plan.cwd.local, link)} -> ${target}`)
+  for (const line of made) noteHome(context, line)
 }
+
+/** A path here for people, from the current directory. */
+const nameHere = (cwd: string, link: string): string => shown(path.relative(cwd, link))
 
 /** A link here that is a gc root; Nix replaces only links into the store. */
 async function linkResult(context: Context, { link, target, isProfile }: ResultLink): Promise<void> {
@@ -3246,11 +3695,18 @@ async function fetchClosures(
   }
   if (missing.length === 0) return
   const way = await chooseWay(context, missing)
-  const missingSizes = missing.map((path) => sizes.get(path) ?? 0)
-  const progress = await startProgress(context, "store paths", missingSizes)
+  const work = missing.map((path) => ({ path, size: sizes.get(path) ?? 0 }))
+  const progress = await startProgress(
+    context,
+    "store paths",
+    work.map(({ size }) => size),
+  )
+  // sudo may ask for a password.
+  const release = way === "sudo" ? context.steps.hold("until bytes flow") : () => undefined
   try {
     if (way === "signed") await copySigned(context, closure.targets)
-    else await streamPaths(context, { way, missing, size: sum(missingSizes), progress })
+    else await streamPaths(context, { way, missing: work, progress })
+    context.report.bytesDown += sum(work.map(({ size }) => size))
   } catch (error) {
     // Garbage collection here may have taken what the missing paths refer to.
     const vanished = (await invalidHere([...sizes.keys()])).some((path) => !missing.includes(path))
@@ -3259,6 +3715,7 @@ async function fetchClosures(
     await fetchClosures(context, { ...closure, paths: named }, true)
   } finally {
     progress.end()
+    release()
   }
 }
 
@@ -3275,27 +3732,103 @@ printf '%s\\n' "$paths" | xargs nix-store --query --size | { printf '%s\\n' "$pa
   return lines(paths).map((path, at) => ({ path, size: known[at] ?? 0 }))
 }
 
-/** One export over there, one import here: the same few round trips for one path and for a thousand. */
+/**
+ * Paths that come in one go: `nix-store --import` takes any number, but each of them it first reads into memory; a
+ * large one streams through `nix copy`, which also is three times as fast.
+ */
+type PathBatch = Readonly<{ carrier: "export" | "nar"; paths: readonly StorePath[] }>
+
+/** Bytes of a NAR from which a path is a batch of its own: the round trips that this costs no longer count then. */
+const LARGE_PATH = 64 * 2 ** 20
+
+/** Missing paths, references before referrers → batches, in an order that is still that one. */
+export function batchesOf(missing: readonly StorePath[]): PathBatch[] {
+  const batches: { carrier: PathBatch["carrier"]; paths: StorePath[] }[] = []
+  for (const path of missing) {
+    const last = batches.at(-1)
+    if (path.size >= LARGE_PATH && !isDerivation(path.path)) batches.push({ carrier: "nar", paths: [path] })
+    else if (last?.carrier === "export") last.paths.push(path)
+    else batches.push({ carrier: "export", paths: [path] })
+  }
+  return batches
+}
+
+/** Streams missing paths into the store here: the same few round trips for one small path and for a thousand. */
 async function streamPaths(
   context: Context,
-  work: { way: "stream" | "sudo"; missing: readonly string[]; size: number; progress: Progress },
+  work: { way: "stream" | "sudo"; missing: readonly StorePath[]; progress: Progress },
 ): Promise<void> {
-  const { way, missing, progress } = work
-  const compress = await chooseCompression(context, work.size)
-  const script = `${REMOTE_PATH}nix-store --export ${missing.join(" ")}${compress ? ` | ${compress} -1 -c` : ""}`
+  const compress = await chooseCompression(context, sum(work.missing.map(({ size }) => size)))
+  // sudo may allow no more than nix-store.
+  const batches: PathBatch[] =
+    work.way === "sudo" ? [{ carrier: "export", paths: work.missing }] : batchesOf(work.missing)
+  const large = batches.filter(({ carrier }) => carrier === "nar").flatMap(({ paths }) => paths)
+  const infos = large.length > 0 ? await askPathInfos(context, large) : new Map<string, string>()
+  let done = 0
+  for (const { carrier, paths } of batches) {
+    const before = done
+    const read = (chunk: string) => work.progress.read(chunk, before)
+    const how = { way: work.way, compress, progress: { ...work.progress, read } }
+    if (carrier === "export") await streamExport(context, paths, how)
+    else for (const { path } of paths) await streamNar(context, { path, info: infos.get(path) }, how)
+    done += sum(paths.map(({ size }) => size))
+  }
+}
+
+type Streaming = Readonly<{ way: "stream" | "sudo"; compress?: string; progress: Progress }>
+
+/** One export over there, one import here. */
+async function streamExport(
+  context: Context,
+  paths: readonly StorePath[],
+  how: Streaming,
+): Promise<void> {
+  const script = `nix-store --export ${paths.map(({ path }) => path).join(" ")}`
+  // sudo has a PATH of its own.
+  const sudo = ["sudo", Bun.which("nix-store", { PATH: context.env.PATH ?? "" })!]
+  await streamFrom(context, { script, into: [...(how.way === "sudo" ? sudo : ["nix-store"]), "--import"] }, how)
+}
+
+/** One path as a NAR, which `nix copy` here takes for the only one of a binary cache: it reads it as it comes. */
+async function streamNar(
+  context: Context,
+  { path: storePath, info }: { path: string; info: string | undefined },
+  how: Streaming,
+): Promise<void> {
+  if (info === undefined) throw new EdictError(`${context.plan.host.name} knows nothing of ${storePath}`)
+  const cache = fs.mkdtempSync(path.join(os.tmpdir(), "edict-nar-"))
+  try {
+    fs.mkdirSync(path.join(cache, "nar"))
+    fs.symlinkSync("/dev/stdin", path.join(cache, NAR_NAME))
+    fs.writeFileSync(path.join(cache, "nix-cache-info"), "StoreDir: /nix/store\n")
+    fs.writeFileSync(path.join(cache, `${path.basename(storePath).slice(0, 32)}.narinfo`), info)
+    const copy = [...NIX_COMMAND, "copy", "--quiet", "--no-recursive", "--no-check-sigs"]
+    const into = [...copy, "--from", `file://${encodeURI(cache)}`, storePath]
+    await streamFrom(context, { script: `nix-store --dump ${storePath}`, into }, how)
+  } finally {
+    fs.rmSync(cache, { recursive: true, force: true })
+  }
+}
+
+const NAR_NAME = "nar/stream.nar"
+
+/** What a command over there prints, through compression and a counter if wanted, into one here. */
+async function streamFrom(
+  context: Context,
+  { script, into }: { script: string; into: string[] },
+  { compress, progress }: Streaming,
+): Promise<void> {
   const stages = [
     [...sshArguments(context), BOOT_LINE],
     ...(compress ? [[compress, "-d", "-c"]] : []),
     ...(progress.counter ? [progress.counter] : []),
-    // sudo has a PATH of its own.
-    way === "sudo"
-      ? ["sudo", Bun.which("nix-store", { PATH: context.env.PATH ?? "" })!, "--import"]
-      : ["nix-store", "--import"],
+    into,
   ]
+  const compressed = compress ? `${script} | ${compress} -1 -c` : script
   await execute(context, pipeline(...stages), {
-    input: Buffer.from(`${encodeScript(script)}\n`),
+    input: Buffer.from(`${encodeScript(`${REMOTE_PATH}${compressed}`)}\n`),
     what: "retrieval of the result",
-    onErrors: progress.read,
+    onErrors: (chunk) => progress.read(chunk),
     failure: (code) =>
       code === 255
         ? new EdictError(
@@ -3305,6 +3838,46 @@ async function streamPaths(
           )
         : undefined,
   })
+}
+
+/** The texts that a binary cache has on paths, asked of the host in one go. */
+async function askPathInfos(context: Context, paths: readonly StorePath[]): Promise<Map<string, string>> {
+  const script = `${REMOTE_PATH}exec nix-store --dump-db ${paths.map(({ path }) => path).join(" ")}`
+  const answer = await execute(context, [...sshArguments(context), BOOT_LINE], {
+    input: Buffer.from(`${encodeScript(script)}\n`),
+    what: "what there is to know of the result",
+  })
+  return parseRegistrations(answer)
+}
+
+/**
+ * What `nix-store --dump-db` prints (Nix 2.8 to 2.34: path, SHA-256 in base 16, size, deriver or nothing, how many
+ * references, and these, a line each) → the texts of .narinfo files. What does not look like it ends the list.
+ */
+export function parseRegistrations(answer: string): Map<string, string> {
+  const infos = new Map<string, string>()
+  const left = answer.split("\n")
+  while (left.length >= 5) {
+    const [storePath, hash, size, deriver, count] = left.splice(0, 5) as [string, string, string, string, string]
+    const references = left.splice(0, Number(count))
+    const wellFormed =
+      [storePath, ...references, ...(deriver === "" ? [] : [deriver])].every(isStorePath) &&
+      /^[0-9a-f]{64}$/.test(hash) &&
+      /^\d+$/.test(size) &&
+      references.length === Number(count)
+    if (!wellFormed) break
+    const lines = [
+      `StorePath: ${storePath}`,
+      `URL: ${NAR_NAME}`,
+      "Compression: none",
+      `NarHash: sha256:${hash}`,
+      `NarSize: ${size}`,
+      `References: ${references.map((reference) => path.basename(reference)).join(" ")}`,
+      ...(deriver === "" ? [] : [`Deriver: ${path.basename(deriver)}`]),
+    ]
+    infos.set(storePath, `${lines.join("\n")}\n`)
+  }
+  return infos
 }
 
 /** `nix copy` asks for path after path, but it carries signatures, and a store that trusts nobody takes no others. */
@@ -3423,6 +3996,336 @@ const WORTH_COMPRESSING = 256 * 1024
 /** Milliseconds of a round trip below which a stream is faster uncompressed. */
 const SHORT_WAY = 10
 
+// Plain files (--materialize): what result links lead to, as `cp -rL` copies it. The other side lists store paths,
+// this one decides what lies where, and each file travels once, as changes do.
+
+/** A result, and its name in the directory where there are several. */
+export type Output = Readonly<{ name: Name; target: string }>
+
+/** What is known of the store over there: paths below /nix/store, and the store paths that were asked for. */
+export type Listing = Readonly<{ asked: ReadonlySet<string>; entries: ReadonlyMap<Name, Change> }>
+
+/** A path to make here. The bytes of a file lie at `source`, below /nix/store over there. */
+type Laid = Readonly<{
+  name: Name
+  type: "file" | "link" | "directory"
+  source: Name
+  size: number
+  mode: number
+  target: string // text of a link
+}>
+
+/** `skipped`: names that are not made, and why. `unlisted`: store paths that have to be listed first. */
+export type Layout = Readonly<{
+  laid: readonly Laid[]
+  skipped: ReadonlyMap<Name, string>
+  unlisted: readonly string[]
+}>
+
+type Walk = {
+  readonly listing: Listing
+  readonly children: ReadonlyMap<Name, ReadonlySet<Name>>
+  readonly laid: Laid[]
+  readonly skipped: Map<Name, string>
+  readonly unlisted: Set<string>
+  readonly open: Map<Name, Name> // directories of the store that are being walked, and what they become here
+  root: Name // the output that is being walked
+  alone: Name // what a single file is called
+}
+
+/** More paths than any result has, unless its links branch anew at each step. */
+const MOST_PATHS = 500_000
+
+/** How often links may lead to store paths that were not asked for yet, and a path through a link. */
+const MOST_LISTINGS = 500
+const MOST_LINKS = 40
+
+/** Bytes of a path below the directory; PATH_MAX is 4096. */
+const LONGEST_PATH = 3500
+
+/** Throws UsageError unless nothing is here under this name, or an empty directory. */
+function checkFree(name: string, cwd: string): void {
+  const directory = path.resolve(cwd, name)
+  const isEmpty = fs.existsSync(directory) && isEmptyDirectory(directory)
+  if (!isEmpty && lstat(bytes(directory))) {
+    const old = shown(name.replace(/(?<=.)\/+$/, ""))
+    throw new UsageError(
+      `--materialize: ${shown(name)} is there already, and is no empty directory`,
+      `mv ${shellQuote(old)} ${shellQuote(`${old}.old`)}   # or name another one`,
+    )
+  }
+  const parent = existingParent(isEmpty ? directory : path.dirname(directory))
+  if (!fs.statSync(parent).isDirectory() || !canWrite(parent))
+    throw new UsageError(
+      `--materialize: ${shown(name)} cannot be made: nothing can be written to ${shown(parent)}`,
+      "name a directory where you can write",
+    )
+}
+
+const isEmptyDirectory = (directory: string): boolean =>
+  fs.statSync(directory).isDirectory() && fs.readdirSync(directory).length === 0
+
+function existingParent(directory: string): string {
+  return fs.existsSync(directory) ? directory : existingParent(path.dirname(directory))
+}
+
+/** Brings the files of the results into a directory here, in place of links and store paths. */
+async function materialize(context: Context, outcome: Outcome, name: string): Promise<void> {
+  const { plan, report } = context
+  if (outcome.links.length === 0 && outcome.exitCode !== 0) return
+  if (outcome.links.length === 0)
+    throw new EdictError(
+      `nothing to put into ${shown(name)}: the command made no result link`,
+      `edict --materialize ${shellQuote(shown(name))} ${shellQuote(plan.host.name)} nix build …`,
+    )
+  const outputs = nameOutputs(outcome.links)
+  const { laid, skipped } = await layOutResults(context, outputs)
+  if (laid.length === 0)
+    throw new EdictError(`${plan.host.name} has no file of ${outputs[0]!.target}`, "run it again")
+  const directory = path.resolve(plan.cwd.local, name)
+  await putFiles(context, laid, directory).catch((error: unknown) => {
+    throw asEdictError(error, `the files of the result cannot be put into ${shown(name)}`)
+  })
+  const sizes = laid.filter(({ type }) => type === "file").map(({ size }) => size)
+  const left = [...skipped].map(([file, why]) => [text(file), text(why)] as const).toSorted()
+  report.materialized = {
+    directory,
+    files: sizes.length,
+    bytes: sum(sizes),
+    skipped: Object.fromEntries(left),
+  }
+  for (const [file, why] of left.slice(0, 8)) note(context, `left out: ${shown(file)}: it ${shown(why)}`)
+  if (left.length > 8) note(context, `left out: ${left.length - 8} more, which --report names`)
+  const of = outputs.length === 1 ? outputs[0]!.target : outputs.map((output) => text(output.name)).join(", ")
+  const size =
+    sum(sizes) < 2 ** 20 ? `${Math.ceil(sum(sizes) / 1024)} KiB` : `${Math.ceil(sum(sizes) / 2 ** 20)} MiB`
+  noteHome(
+    context,
+    `${shown(name)} holds ${sizes.length} file${sizes.length === 1 ? "" : "s"} (${size}) of ${shown(of)}`,
+  )
+}
+
+/** Results by the names of their links; those of links in several directories may need a number. */
+function nameOutputs(links: readonly ResultLink[]): Output[] {
+  const names = new Map<Name, string>()
+  for (const { link, target } of links) {
+    const name = bytes(path.basename(link))
+    let free = name
+    for (let number = 2; names.has(free); number++) free = `${name}-${number}`
+    names.set(free, target)
+  }
+  return [...names].toSorted().map(([name, target]) => ({ name, target }))
+}
+
+/** What to make of the results, after all store paths were listed that their links lead to. */
+async function layOutResults(context: Context, outputs: readonly Output[]): Promise<Layout> {
+  let listing: Listing = { asked: new Set(), entries: new Map() }
+  for (let round = 0; round < MOST_LISTINGS; round++) {
+    const layout = layOut(outputs, listing)
+    if (layout.unlisted.length === 0) return layout
+    const found = await listOutputs(context, layout.unlisted)
+    listing = {
+      asked: new Set([...listing.asked, ...layout.unlisted]),
+      entries: new Map([...listing.entries, ...found.map((entry) => [entry.name, entry] as const)]),
+    }
+  }
+  throw new EdictError(`the links of the result on ${context.plan.host.name} lead on and on`)
+}
+
+/** Everything below some store paths (without /nix/store/), asked of the host. */
+async function listOutputs(context: Context, names: readonly string[]): Promise<Change[]> {
+  const { name: host } = context.plan.host
+  const stages = [
+    [...sshArguments(context), BOOT_LINE],
+    ["head", "-c", String(ANSWER_LIMIT)],
+  ]
+  const answer = lines(
+    await execute(context, pipeline(...stages), {
+      input: Buffer.from(`${encodeScript(OUTPUTS_SCRIPT)}\n${encodeWord(names.join("\n"))}\n`),
+      what: "listing of the result",
+    }),
+  )
+  if (answer.at(-1) !== "end") throw new EdictError(`${host} did not list all of the result`, "run it again")
+  const found = parseChanges(answer.filter((line) => /^[+tn]/.test(line)))
+  const odd = found.find(({ name }) => !names.includes(name.split("/", 1)[0]!))
+  if (odd) throw new EdictError(`${host} named ${shown(text(odd.name))} as part of the result`)
+  return found
+}
+
+/**
+ * What lies where when links are followed within the store: one output fills the directory (a single file keeps its
+ * name without the hash), several lie below the names of their links. A link that leads nowhere, out of the store or
+ * in a circle stays one if it is relative and leads to a place of its own output; others are left out.
+ * Throws EdictError for more paths than any result has.
+ */
+export function layOut(outputs: readonly Output[], listing: Listing): Layout {
+  const children = new Map<Name, Set<Name>>()
+  for (const name of listing.entries.keys()) {
+    const parent = path.posix.dirname(name)
+    const known = children.get(parent) ?? new Set()
+    children.set(parent, known.add(name.slice(parent.length + 1)))
+  }
+  const lists = { laid: [], skipped: new Map(), unlisted: new Set<string>(), open: new Map() }
+  const walk: Walk = { listing, children, ...lists, root: "", alone: "" }
+  for (const { name, target } of outputs) {
+    walk.root = outputs.length === 1 ? "" : name
+    walk.alone = target.replace(/^\/nix\/store\/[^-]*-/, "")
+    const why = unsafeName(walk.root || walk.alone)
+    if (why) walk.skipped.set(name, why)
+    else follow(walk, walk.root, { at: target, text: target })
+  }
+  return { ...walk, unlisted: [...walk.unlisted] }
+}
+
+/** Lays out under `name` what lies at `source` over there. */
+function lay(walk: Walk, name: Name, source: Name): void {
+  const { type, size, mode, target = "" } = walk.listing.entries.get(source)!
+  if (walk.laid.length >= MOST_PATHS)
+    throw new EdictError(`the result has more than ${MOST_PATHS} paths when its links are followed`)
+  if (walk.open.has(source)) return void walk.skipped.set(name, "leads in a circle")
+  if (type === "link") return follow(walk, name, { at: `/nix/store/${source}`, text: target })
+  if (type === "other") return void walk.skipped.set(name, "is no file, directory or link")
+  if (type === "file")
+    return void walk.laid.push({ name: name || walk.alone, type, source, size, mode, target: "" })
+  walk.laid.push({ name, type, source, size: 0, mode, target: "" })
+  walk.open.set(source, name)
+  for (const child of walk.children.get(source) ?? []) {
+    const inner = name === "" ? child : `${name}/${child}`
+    const isOne = !child.includes("/") && inner.length < LONGEST_PATH
+    const why = isOne ? unsafeName(child) : "is no path that can be made here"
+    if (why) walk.skipped.set(inner.slice(0, LONGEST_PATH), why)
+    else lay(walk, inner, `${source}/${child}`)
+  }
+  walk.open.delete(source)
+}
+
+/** Lays out what a link leads to, or the link itself, or nothing. */
+function follow(walk: Walk, name: Name, link: { at: string; text: Name }): void {
+  const found = resolveInStore(walk.listing, link.at)
+  if ("unlisted" in found) return void walk.unlisted.add(found.unlisted)
+  const above = "source" in found ? walk.open.get(found.source) : undefined
+  if ("source" in found && above === undefined) return lay(walk, name, found.source)
+  const place = relativePlace(name, link.text)
+  const isInner = walk.root === "" ? place !== "" : isWithin(place ?? "", walk.root)
+  const stays = place !== undefined && (above === undefined ? isInner : place === above)
+  if (stays) walk.laid.push({ name, type: "link", source: "", size: 0, mode: 0o777, target: link.text })
+  else walk.skipped.set(name, `${"why" in found ? found.why : "leads in a circle"} (${link.text})`)
+}
+
+/** What a relative link means, if it leads to a place of the directory by going up first and then down. */
+function relativePlace(name: Name, target: Name): Name | undefined {
+  const parts = target.split("/").filter((part) => part !== "" && part !== ".")
+  const down = parts.findIndex((part) => part !== "..")
+  if (target === "" || target.startsWith("/") || (down >= 0 && parts.includes("..", down))) return undefined
+  const place = path.posix.join(path.posix.dirname(name), target)
+  return /^\.\.(\/|$)/.test(place) ? undefined : place.replace(/^\.$|\/$/, "")
+}
+
+type Resolved = Readonly<{ source: Name } | { unlisted: string } | { why: string }>
+
+/** Follows all links of a path, as far as they lead through the store. */
+function resolveInStore(listing: Listing, from: string): Resolved {
+  const rest = from.split("/").reverse()
+  const done: Name[] = []
+  let links = 0
+  while (rest.length > 0) {
+    const part = rest.pop()!
+    if (part === "" || part === ".") continue
+    if (part === "..") done.pop()
+    else done.push(part)
+    if (part === ".." || done.length < 3 || done[0] !== "nix" || done[1] !== "store") continue
+    if (done.length === 3 && !listing.asked.has(part))
+      return isStorePath(`/nix/store/${part}`) ? { unlisted: part } : { why: "leads nowhere" }
+    const entry = listing.entries.get(done.slice(2).join("/"))
+    if (entry === undefined || (entry.type !== "directory" && entry.type !== "link" && rest.length > 0))
+      return { why: "leads nowhere" }
+    if (entry.type !== "link") continue
+    if (++links > MOST_LINKS) return { why: "leads in a circle" }
+    const target = (entry.target ?? "").slice(0, 4096)
+    if (target.startsWith("/")) done.length = 0
+    else done.pop()
+    rest.push(...target.split("/").reverse())
+  }
+  const isInStore = done.length > 2 && done[0] === "nix" && done[1] === "store"
+  return isInStore ? { source: done.slice(2).join("/") } : { why: "leads out of the store" }
+}
+
+/** Fetches the files into a private directory beside their place, and puts them there when all have come. */
+async function putFiles(context: Context, laid: readonly Laid[], directory: string): Promise<void> {
+  const isThere = fs.existsSync(directory)
+  const parent = isThere ? directory : path.dirname(directory)
+  fs.mkdirSync(parent, { recursive: true })
+  const stage = `${bytes(parent)}/.edict-stage-${randomName()}`
+  const remove = () => removeAll(stage)
+  process.on("exit", remove)
+  try {
+    for (const inner of ["", "/in"]) fs.mkdirSync(buffer(stage + inner), { mode: 0o700 })
+    const wanted = isCaseInsensitive(stage) ? withoutCollisions(laid) : laid
+    const arrived = await fetchSources(context, wanted, stage)
+    arrange(stage, { laid: wanted, arrived, host: context.plan.host.name })
+    if (!isThere) return fs.renameSync(buffer(`${stage}/out`), directory)
+    const others = fs.readdirSync(directory).filter((name) => name !== path.basename(stage))
+    if (others.length > 0)
+      throw new EdictError(`${shown(directory)} is no longer empty`, "run it again with another directory")
+    for (const name of fs.readdirSync(buffer(`${stage}/out`), { encoding: "latin1" }))
+      moveFile(`${stage}/out/${name}`, `${bytes(directory)}/${name}`)
+  } finally {
+    remove()
+    process.off("exit", remove)
+  }
+}
+
+/** Without paths that are another one's file here, and what would lie in them. */
+function withoutCollisions(laid: readonly Laid[]): Laid[] {
+  const twins = collisions(laid.map(({ name }) => name))
+  return laid.filter(({ name }) => ![name, ...parentsOf(name)].some((one) => twins.has(one)))
+}
+
+/** Brings each file once, under its name below /nix/store; answers the names of what arrived. */
+async function fetchSources(
+  context: Context,
+  laid: readonly Laid[],
+  stage: Name,
+): Promise<ReadonlySet<Name>> {
+  const files = new Map(
+    laid.flatMap(({ type, source, size, mode }): [Name, Change][] =>
+      type === "file" ? [[source, { name: source, what: "created", type, mode, size, modeOnly: false }]] : [],
+    ),
+  )
+  const from = { directory: "/nix/store", what: "files of the result" }
+  if (files.size > 0) await fetchContents(context, from, [...files.values()], `${stage}/in`)
+  const arrived = new Set<Name>()
+  takeIn({ stage: `${stage}/in`, bin: `${stage}/bin`, arrived }, "")
+  return arrived
+}
+
+/** Makes the directory `out` of what arrived in `in`; a file that lies at several places is copied. */
+function arrange(
+  stage: Name,
+  work: { laid: readonly Laid[]; arrived: ReadonlySet<Name>; host: string },
+): void {
+  const { laid, arrived, host } = work
+  const uses = new Map<Name, number>()
+  for (const { source } of laid) uses.set(source, (uses.get(source) ?? 0) + 1)
+  const umask = currentUmask()
+  fs.mkdirSync(buffer(`${stage}/out`), { mode: 0o777 })
+  for (const { name, type, source, size, mode, target } of laid) {
+    const to = `${stage}/out/${name}`
+    if (type === "directory") fs.mkdirSync(buffer(to), { recursive: true, mode: 0o777 })
+    if (type === "link") fs.symlinkSync(buffer(target), buffer(to))
+    if (type !== "file") continue
+    const from = `${stage}/in/${source}`
+    const stat = arrived.has(source) ? lstat(from) : undefined
+    if (!stat?.isFile() || Number(stat.size) !== size)
+      throw new EdictError(`${host} did not send ${shown(text(source))} as it had named it`, "run it again")
+    const left = uses.get(source)! - 1
+    uses.set(source, left)
+    if (left === 0) moveFile(from, to)
+    else fs.copyFileSync(buffer(from), buffer(to), fs.constants.COPYFILE_EXCL | fs.constants.COPYFILE_FICLONE)
+    fs.chmodSync(buffer(to), ((mode & 0o100) === 0 ? 0o666 : 0o777) & ~umask)
+  }
+}
+
 // ── 13. Sync back: what the command changed comes home, never over an edit made here meanwhile ──────────
 // Base is what was uploaded. Contents come as a tar stream into an empty private directory and are applied file by
 // file: where base and local differ, local stays. Nothing below a .git is ever written, nor through a link.
@@ -3437,7 +4340,8 @@ async function syncBack(context: Context, states: readonly TreeState[], outcome:
       `what the command changed is not known: ${shown(problem)}`,
       "run it again: the next run brings home what is over there",
     )
-  const trouble = await firstTrouble(states.map((state) => syncTree(context, state, outcome)))
+  const syncing = states.map((state) => syncTree(context, state, outcome))
+  const trouble = await firstTrouble(context, syncing)
   if (trouble) throw trouble
 }
 
@@ -3475,20 +4379,69 @@ async function alone<T>(context: Context, tree: Tree, work: () => Promise<T>): P
 }
 
 /** What came home and what did not, at the end of a run. */
-function tellChanges({ report, plan }: Context): void {
+function tellChanges({ report, plan, steps }: Context): void {
   const { changed, refs, conflicts } = report
-  if (plan.options.verbosity < 0 && conflicts.length === 0) return
-  if (refs.length > 0 && plan.options.verbosity >= 0) say(`git: ${refs.map(shown).join(", ")} moved here`)
-  if (changed.length > 0 && plan.options.verbosity >= 0)
-    say(
-      `${changed.length} file${changed.length === 1 ? "" : "s"} changed here: ${changed.slice(0, 8).map(shown).join(", ")}${changed.length > 8 ? ", …" : ""}`,
-    )
-  for (const { file, kept, why, hint } of conflicts) {
-    say(`conflict: ${shown(file)} ${why}`)
-    if (kept)
-      say(`  theirs is kept: git diff --no-index -- ${shellQuote(shown(file))} ${shellQuote(shown(kept))}`)
-    if (hint) say(`  try: ${hint}`)
+  const isLoud = plan.options.verbosity >= 0
+  if (isLoud && !steps.settles) {
+    if (refs.length > 0) steps.say(`git: ${refs.map(shown).join(", ")} moved here`)
+    if (changed.length > 0) steps.say(changedHere(changed, 8))
   }
+  for (const { file, kept, why, hint } of conflicts) {
+    steps.say(`conflict: ${shown(file)} ${why}`)
+    if (kept)
+      steps.say(
+        `  theirs is kept: git diff --no-index -- ${shellQuote(shown(file))} ${shellQuote(shown(kept))}`,
+      )
+    if (hint) steps.say(`  try: ${hint}`)
+  }
+  if (plan.next !== undefined) return // the same command once more, and only then is all done
+  const closing = closingLine(report, { cwd: plan.cwd.local, seconds: performance.now() / 1000 })
+  if (steps.settles && closing !== "") steps.say(closing)
+}
+
+/** "2 files changed here: a, b", with so many names at most. */
+const changedHere = (changed: readonly string[], most: number): string =>
+  `${fileCount(changed.length)} changed here: ${someOf(changed, most)}`
+
+const fileCount = (count: number): string => `${count} file${count === 1 ? "" : "s"}`
+
+const someOf = (names: readonly string[], most: number): string =>
+  `${names.slice(0, most).map(shown).join(", ")}${names.length > most ? ", …" : ""}`
+
+/** Seconds below which a run that brings nothing home ends without a line. */
+const WORTH_A_LINE = 2
+
+/**
+ * What the steps on the terminal settle into: "result -> /nix/store/…-x; 2 files changed here: a, b; git: main moved
+ * here (3.2 s)". "" for a short run that brought nothing home.
+ */
+export function closingLine(
+  report: Pick<Report, "resultLinks" | "materialized" | "changed" | "refs">,
+  how: { cwd: string; seconds: number },
+): string {
+  const { resultLinks, materialized, changed, refs } = report
+  const [first] = resultLinks
+  const names = resultLinks.map(({ link }) => path.relative(how.cwd, link))
+  const out = materialized && nameHere(how.cwd, materialized.directory)
+  const moved = refs.map((ref) => shown(ref.replace(/^refs\/(heads|tags)\//, "")))
+  const home = [
+    ...(resultLinks.length === 1 ? [`${nameHere(how.cwd, first!.link)} -> ${first!.target}`] : []),
+    ...(resultLinks.length > 1 ? [`${resultLinks.length} result links: ${someOf(names, 3)}`] : []),
+    ...(materialized ? [`${out} holds ${fileCount(materialized.files)}`] : []),
+    ...(changed.length > 0 ? [changedHere(changed, 3)] : []),
+    ...(refs.length > 0 ? [`git: ${moved.join(", ")} moved here`] : []),
+  ]
+  if (home.length === 0 && how.seconds < WORTH_A_LINE) return ""
+  return `${home.length > 0 ? home.join("; ") : "nothing came home"} (${duration(how.seconds)})`
+}
+
+/** A time for people: "0.4 s", "42 s", "3 min 20 s", "2 h 5 min". */
+export function duration(seconds: number): string {
+  if (seconds < 9.95) return `${seconds.toFixed(1)} s`
+  const whole = Math.round(seconds)
+  if (whole < 60) return `${whole} s`
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`
 }
 
 /** A tree's changes were found before the upload: an earlier run was cut off, or somebody worked over there. */
@@ -3829,7 +4782,9 @@ async function applyChanges(
     const fetched = changes.filter(
       ({ what, type, name }) => what !== "deleted" && type !== "directory" && !work.guard.refused.has(name),
     )
-    if (fetched.length > 0) await fetchContents(context, tree, fetched, `${places.stage}/in`)
+    const what = `changes of ${shown(tree.local)}`
+    const from = { directory: remoteRootOf(tree)[0], what, onCtrlC: "goes on" } as const
+    if (fetched.length > 0) await fetchContents(context, from, fetched, `${places.stage}/in`)
     // From here on the directory may hold the only copy of something: see rescue.
     fs.renameSync(buffer(`${places.stage}/in`), buffer(work.stage))
     takeIn(work, "")
@@ -3847,7 +4802,7 @@ const asEdictError = (error: unknown, what: string): unknown =>
   error instanceof Error && "code" in error ? new EdictError(`${what}: ${reason(error)}`) : error
 
 /** What really arrived: walked without following a link, each file on its own and readable. */
-function takeIn(work: Work, prefix: Name): void {
+function takeIn(work: Pick<Work, "stage" | "bin" | "arrived">, prefix: Name): void {
   const directory = prefix === "" ? work.stage : `${work.stage}/${prefix.slice(0, -1)}`
   fs.chmodSync(buffer(directory), 0o700)
   for (const item of fs.readdirSync(buffer(directory), { encoding: "buffer" })) {
@@ -3979,7 +4934,10 @@ function mayDelete(context: Context, { tree, manifest }: TreeState, coming: Home
     note(context, `an earlier command deleted ${share} over there; they stay here and go over again`)
     return false
   }
-  if (askUser(`the command deleted ${share} over there. Delete them here, too? [y/N] `)) return true
+  const release = context.steps.hold("always")
+  const isAllowed = askUser(`the command deleted ${share} over there. Delete them here, too? [y/N] `)
+  release()
+  if (isAllowed) return true
   throw new EdictError(
     `the command deleted ${share} over there; nothing of it was applied here`,
     "to delete them here, too: run it again with --allow-mass-delete; to bring them back there: run it again without",
@@ -3990,12 +4948,9 @@ function mayDelete(context: Context, { tree, manifest }: TreeState, coming: Home
 function askUser(question: string): boolean {
   if (![0, 2].every((descriptor) => isTerminal(descriptor))) return false
   process.stderr.write(`edict: ${question}`)
-  const answer = Buffer.alloc(100)
-  try {
-    return /^y(es)?\s*$/i.test(answer.toString("latin1", 0, fs.readSync(0, answer)))
-  } catch {
-    return false
-  }
+  // A program of its own, which Ctrl-C ends; and that is a no.
+  const answer = Bun.spawnSync(["head", "-n", "1"], { stdin: "inherit", stderr: "ignore" })
+  return /^y(es)?\s*$/i.test(answer.stdout.toString())
 }
 
 /** Private directories on the tree's file system: for what arrives, and for the remote side of conflicts. */
@@ -4012,32 +4967,35 @@ async function workPlaces(tree: Tree, run: string): Promise<{ stage: string; con
 /** Brings the contents of changed files into `stage`: one ssh, one tar, no byte through this program. */
 async function fetchContents(
   context: Context,
-  tree: Tree,
+  from: { directory: string; what: string } & Pick<Execution, "onCtrlC">,
   changes: readonly Change[],
   stage: string,
 ): Promise<void> {
+  const { directory, what } = from
   const names = changes.map(({ name }) => `./${name}\0`).join("")
-  const input = `${encodeScript(FETCH_SCRIPT)}\n${remoteRootOf(tree)[0]}\n${encodeWord(names, "latin1")}\n`
+  const input = `${encodeScript(FETCH_SCRIPT)}\n${directory}\n${encodeWord(names, "latin1")}\n`
   const limit = fetchLimit(changes)
   const { bavail, bsize } = fs.statfsSync(buffer(stage))
   if (limit.announced > bavail * bsize)
     throw new EdictError(
-      `the changes of ${shown(tree.local)} are ${Math.ceil(limit.announced / 2 ** 20)} MiB; there is no space left for them here`,
+      `the ${what} are ${Math.ceil(limit.announced / 2 ** 20)} MiB; there is no space left for them here`,
       "free some space here; the next run brings them home",
     )
   const unpack = ["tar", "-xmof", "-", "-C", text(stage)]
   const stages = [[...sshArguments(context), BOOT_LINE], ["head", "-c", String(limit.bytes)], unpack]
   await execute(context, pipeline(...stages), {
     input: Buffer.from(input, "latin1"),
-    what: `retrieval of changes of ${shown(tree.local)}`,
+    what: `retrieval of ${what}`,
+    onCtrlC: from.onCtrlC,
     failure: (_, errors) =>
       /Unexpected EOF|truncated|short read/i.test(errors)
         ? new EdictError(
-            `the changes of ${shown(tree.local)} were cut off, or more than ${context.plan.host.name} had announced; nothing of them was applied here`,
+            `the ${what} were cut off, or more than ${context.plan.host.name} had announced; nothing of them was applied here`,
             "run again: the next run brings them home",
           )
         : undefined,
   })
+  context.report.bytesDown += limit.announced
 }
 
 /** How much the other side announced, and how much it may send: tar's headers, padding and long names on top. */
@@ -4494,10 +5452,15 @@ async function fetchObjects(
     "--stdin",
     `--max-input-size=${PACK_LIMIT}`,
   )
-  await execute(context, pipeline([...sshArguments(context), BOOT_LINE], unpack), {
+  const pack = await execute(context, pipeline([...sshArguments(context), BOOT_LINE], unpack), {
     input: Buffer.from(input, "latin1"),
     what: `retrieval of commits of ${shown(tree.local)}`,
+    onCtrlC: "goes on",
   })
+  const name = `objects/pack/pack-${pack.trim().replace(/^\w+\s+/, "")}.pack`
+  const words = ["rev-parse", "--path-format=absolute", "--git-path", name]
+  const file = await capture(git(tree.local, ...words), "may-fail")
+  context.report.bytesDown += Number(lstat(file.replace(/\n$/, ""))?.size ?? 0n)
   await capture(git(tree.local, "rev-list", "--objects", "--quiet", ...missing, "--not", "--all"))
 }
 
@@ -4622,9 +5585,12 @@ async function mergeIndex(context: Context, tree: Tree, changes: GitChanges): Pr
 /** Reads one line, decodes it and runs it; what follows on standard input belongs to that script. */
 export const BOOT_LINE = `exec /bin/sh -c 'IFS= read -r script; eval "$(printf %b "$script")"'`
 
+/** An agent that has not come after 30 seconds never will: the connection was given up between the two. No job of the shell. */
+const AWAIT_AGENT = `[ -e "$run/agent" ] || ( (n=30; while [ -p "$run/go" ] && [ ! -e "$run/agent" ]; do [ "$n" -gt 0 ] || exec echo exit 254 >"$run/go"; n=$((n - 1)); sleep 1; done) </dev/null >/dev/null 2>&1 & );`
+
 /** Waits for the script of run `id`; `directory` holds only [A-Za-z0-9._/-]. */
 export const commandLine = (directory: string, id: string): string =>
-  `exec /bin/sh -c 'mask=$(umask); umask 077; cd; run=${directory}/run/${id}; mkdir -p "$run" || exit 254; [ ! -e "$run/gone" ] || exit 254; mkfifo "$run/go" 2>/dev/null; eval "$(cat "$run/go")"; exit 254'`
+  `exec /bin/sh -c 'mask=$(umask); umask 077; cd; run=${directory}/run/${id}; mkdir -p "$run" || exit 254; [ ! -e "$run/gone" ] || exit 254; mkfifo "$run/go" 2>/dev/null; ${AWAIT_AGENT} eval "$(cat "$run/go")"; exit 254'`
 
 /** A word as printf's %b reads it: safe characters as they are, all other bytes octal, `-` for nothing. */
 export function encodeWord(word: string, encoding: "utf8" | "latin1" = "utf8"): string {
@@ -4655,6 +5621,20 @@ const REMOTE_DECODE = sh`
 decode() { case $1 in *\\*) decoded=$(printf '%b.' "$1"); decoded=$\{decoded%.} ;; *) decoded=$1 ;; esac; }
 `
 
+/** raw TEXT: prints what was encoded, NULs and all. The printf of FreeBSD's sh ends %b at the first NUL. */
+export const REMOTE_RAW = sh`
+{ whole=$(printf %b 'x\0000y'); } 2>/dev/null
+case $whole in *y) whole=1 ;; *) whole= ;; esac
+raw() {
+  if [ -n "$whole" ]; then printf %b "$1"; return; fi
+  printf '%s\n' "$1" | sed 's/\\0000/\
+/g' | {
+    IFS= read -r part && printf %b "$part"
+    while IFS= read -r part; do printf '\000' && printf %b "$part"; done
+  }
+}
+`
+
 /** Answers requests, one a line (verb and encoded words); data lines start with a letter, the last with a dot. */
 export const AGENT_SCRIPT = sh`
 set -u -f
@@ -4667,6 +5647,7 @@ export LC_ALL
 broken='' run='' started='' base='' reporter=''
 soh=$(printf '\001')
 ${REMOTE_DECODE}
+${REMOTE_RAW}
 say() { printf '%s\n' "$*"; }
 word() { if [ "$1" = - ]; then decoded=; else decode "$1"; fi; }
 
@@ -4679,20 +5660,60 @@ list() (
   set -- -path '*/.git/objects' -prune -o -path '*/.git/logs' -prune -o -path '*/.git/hooks' -prune -o -path '*/.git/edict' -prune
   [ ! -s "$meta/prune" ] || while IFS= read -r pattern; do set -- "$@" -o -path "$pattern" -type d -prune; done <"$meta/prune"
   case $finder in
-    gnu) find "$start" "$@" -o -type d -printf 'd/////%p\0' -o -printf '%y%m/%i/%s/%T@/%C@/%p\0' | tr '\n\0' '\001\n' ;;
+    gnu)
+      { find "$start" -ignore_readdir_race "$@" -o -type d -printf 'd/////%p\0' -o -printf '%y%m/%i/%s/%T@/%C@/%p\0'; echo "$?" >"$meta/found"; } | tr '\n\0' '\001\n'
+      IFS= read -r code <"$meta/found" && [ "$code" = 0 ] ;;
     *)
       find "$start" "$@" -o -print0 >"$meta/names" || exit 1
       if [ "$finder" = bsd ]; then xargs -0 stat -f 'x%Xp/%i/%z/%Fm/%Fc' <"$meta/names"; else xargs -0 stat -c 'x%f/%i/%s/%y/%z' <"$meta/names"; fi >"$meta/stats" || exit 1
-      tr '\n\0' '\001\n' <"$meta/names" | paste -d/ "$meta/stats" - | sed 's,^x4[^/]*/[^/]*/[^/]*/[^/]*/[^/]*/,d/////,' ;;
+      tr '\n\0' '\001\n' <"$meta/names" >"$meta/lines" || exit 1
+      paste -d/ "$meta/stats" "$meta/lines" >"$meta/rows" || exit 1
+      sed 's,^x4[^/]*/[^/]*/[^/]*/[^/]*/[^/]*/,d/////,' "$meta/rows" ;;
   esac
 )
+
+# What stat says of one path after the other, names between zero bytes.
+stat_each() { if [ "$finder" = bsd ]; then TZ=UTC0 xargs -0 stat -f '%Xp/%i/%z/%Fm/%Fc'; else TZ=UTC0 xargs -0 stat -c '%f/%i/%s/%y/%z'; fi; }
+
+# Where walking takes long: what stat says of every path of the base, of directories too, two halves at once. As long as
+# that is what it was, the listing is. The first line says which base and which exceptions that holds for.
+basis() { printf '%s\0' "$meta/base" | stat_each && cksum <"$meta/prune"; }
+names() { sed 's,^[^/]*/[^/]*/[^/]*/[^/]*/[^/]*/,,' | tr '\n\001' '\0\n'; }
+stats() (
+  cd "$tree" || exit 1
+  half=$(($(wc -l <"$meta/base") / 2))
+  sed "$\{half}q" "$meta/base" | names | stat_each >"$meta/half.$$" &
+  sed "1,$\{half}d" "$meta/base" | names | stat_each >"$meta/other.$$" && wait "$!" && basis && cat "$meta/half.$$" "$meta/other.$$"
+  code=$?
+  rm -f "$meta/half.$$" "$meta/other.$$"
+  exit "$code"
+)
+
+# list_again FILE: the listing, without a walk if it can be had so
+list_again() {
+  if [ -s "$meta/stats" ] && [ "$(basis)" = "$(sed 2q "$meta/stats")" ] && stats 2>/dev/null >"$meta/stats.$$" && cmp -s "$meta/stats" "$meta/stats.$$"; then
+    rm -f "$meta/stats.$$"
+    cp "$meta/base" "$1"
+    return
+  fi
+  rm -f "$meta/stats" "$meta/stats.$$"
+  list >"$1"
+}
+
+# Remembers the above after a walk of a large tree that found the base. What changed since the walk began shows: no ctime
+# may be as young as the file that was made before it.
+remember_stats() {
+  [ ! -e "$meta/stats" ] && [ "$(wc -l <"$meta/base")" -gt 2000 ] && cmp -s "$meta/base" "$meta/after" && stats >"$meta/stats.$$" || return 0
+  began=$(printf '%s\0' "$meta/began" | stat_each)
+  if sed 1,2d "$meta/stats.$$" | awk -F/ -v began="$\{began##*/}" '$5 "" >= began "" { exit 1 }'; then mv "$meta/stats.$$" "$meta/stats"; else rm -f "$meta/stats.$$"; fi
+}
 
 # Lines of listing $2 that $1 lacks (+), and the other way round (-); links with their text.
 differences() {
   ! cmp -s "$1" "$2" || { true >"$meta/diff"; return 0; }
   awk -v first="$1" 'BEGIN { while ((getline line <first) > 0) old[line] }
     { if ($0 in old) delete old[$0]; else print "+" $0 } END { for (line in old) print "-" line }' "$2" >"$meta/diff" || return 1
-  sed -n '/^[+]l/p; /^[+]xa/p' "$meta/diff" | while IFS= read -r line; do
+  sed -n '/^[+]l/p; /^[+]x[aA]/p' "$meta/diff" | while IFS= read -r line; do
     name=$(printf '%s.' "$\{line#*/*/*/*/*/}" | tr '\001' '\n'); name=$\{name%.}
     text=$(readlink "$tree/$name" && echo .); text=$\{text%??}
     printf 't%s\n' "$(printf '%s' "$text" | tr '\n' '\001')"
@@ -4722,6 +5743,7 @@ aside() { mkdir -p "$meta/aside" && mv -- "$1" "$meta/aside/$(date +%s).$$.$\{1#
 # Moves what was uploaded into its place, directory by directory; a directory in the way of a file goes aside.
 place() (
   cd "$meta/in" || exit 1
+  [ ! -s "$meta/mkdir" ] || xargs -0 mkdir -p -- <"$meta/mkdir" || exit 1
   if [ -z "$only" ] && rmdir "$tree" 2>/dev/null; then cd .. && exec mv in "$tree"; fi
   mkdir -p "$tree" "$meta/aside" || exit 1
   find . -type d -print0 | tr '\n\0' '\001\n' >"$meta/directories" || exit 1
@@ -4739,11 +5761,17 @@ place() (
   done <"$meta/directories"
 )
 
-# Makes $1, in seconds, the newest mtime below the current directory: rsync and mkdir leave directories newer.
+# dated SECONDS FILE: sets its mtime; GNU and BusyBox first, then BSD
+dated() { touch -d "@$1" "$2" 2>/dev/null || touch -t "$(date -r "$1" +%Y%m%d%H%M.%S)" "$2"; }
+
+# Makes $1, in seconds, the newest mtime below the current directory: rsync, tar and mkdir leave directories newer.
 date_back() {
-  touch -d "@$1" "$meta/stamp" || touch -t "$(date -r "$1" +%Y%m%d%H%M.%S)" "$meta/stamp" || return 1
+  dated "$1" "$meta/stamp" || return 1
   find . \( -type d -o -newer "$meta/stamp" \) -exec touch -h -r "$meta/stamp" {} +
 }
+
+# What an upload that did not come to its end left is not the next one's.
+forget_upload() { rm -rf "$meta/in" "$meta/remove" "$meta/rmdir" "$meta/mkdir" "$meta/newest"; }
 
 # Finishes an upload that came whole; safe to repeat after a crash.
 settle() {
@@ -4760,7 +5788,7 @@ settle() {
   if [ -s "$meta/newest" ]; then (cd "$tree" && date_back "$(cat "$meta/newest")") 2>/dev/null || :; fi
   list >"$meta/base.new" && mv "$meta/base.new" "$meta/base" || return 1
   ls -di "$tree" >"$meta/root" && mv "$meta/next" "$meta/token" || return 1
-  rm -rf "$meta/in" "$meta/remove" "$meta/rmdir" "$meta/newest" "$meta/running"
+  forget_upload && rm -f "$meta/running"
 }
 
 # select ID: the tree that the following lines are about
@@ -4809,7 +5837,7 @@ do_hello() {
   say "f home $HOME"
   say "f base $base"
   say "f store $(command -v nix-store)"
-  for tool in rsync git nix zstd gzip; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
+  for tool in git nix zstd gzip; do if command -v "$tool" >/dev/null; then say "f $tool yes"; fi; done
 }
 
 # tree ID PATH ONLY PRUNE TOKENS PREFIXES SEED STATE: is the tree what the other side takes it for?
@@ -4821,7 +5849,8 @@ do_tree() {
   word "$4"; printf '%s' "$decoded" >"$meta/prune"
   mkdir -p "$tree" || { why="cannot make $tree"; return 1; }
   if [ -e "$meta/next" ]; then rm -f "$meta/look"; settle || rm -f "$meta/next" "$meta/token"; fi
-  rm -rf "$meta/in"
+  forget_upload
+  [ "$8" = same ] || say "r $(command -v rsync >/dev/null && rsync --version 2>&1 | sed 1q)"
   word "$6"
   printf '%s\n' "$decoded" >"$meta/prefixes"
   while IFS= read -r prefix; do mkdir -p "$meta/in/$prefix" || exit 1; done <"$meta/prefixes" || { why="cannot write to $meta"; return 1; }
@@ -4829,7 +5858,7 @@ do_tree() {
   word "$5"
   case " $decoded " in *" $token "*) known=1 ;; *) known= ;; esac
   if [ -n "$token" ] && [ -n "$known" ] && { [ -n "$only" ] || [ "$(ls -di "$tree")" = "$(cat "$meta/root" 2>/dev/null)" ]; }; then
-    if [ -e "$meta/look" ]; then mv "$meta/look" "$meta/now"; else list >"$meta/now"; fi || { why="cannot list $tree"; return 1; }
+    if [ -e "$meta/look" ]; then mv "$meta/look" "$meta/now"; else list_again "$meta/now"; fi || { why="cannot list $tree"; return 1; }
     if cmp -s "$meta/base" "$meta/now"; then say "s same $token"; return 0; fi
     [ "$8" = any ] || { why=unexpected; return 1; }
     case $(cat "$meta/running" 2>/dev/null) in
@@ -4855,7 +5884,7 @@ do_tree() {
 }
 
 # list ID NAME WORD: one of the lists that commit works on
-do_list() { select_tree "$1" && printf '%b' "$3" >"$meta/$2"; }
+do_list() { select_tree "$1" && raw "$3" >"$meta/$2"; }
 
 # file ID TYPE MODE SECONDS NAME CONTENT: a small part of an upload
 do_file() {
@@ -4867,7 +5896,7 @@ do_file() {
   case $2 in
     directory) mkdir -p "$file" ;;
     link) word "$6"; ln -s "$decoded" "$file" ;;
-    *) { [ "$6" = - ] || printf '%b' "$6"; } >"$file" && chmod "$3" "$file" && { touch -d "@$4" "$file" 2>/dev/null || :; } ;;
+    *) { [ "$6" = - ] || raw "$6"; } >"$file" && chmod "$3" "$file" && { dated "$4" "$file" 2>/dev/null || :; } ;;
   esac
 }
 
@@ -4887,6 +5916,9 @@ do_input() {
 # missing PATH…: which store paths are not valid there
 do_missing() { for p; do word "$p"; say "$decoded"; done | xargs nix-store --check-validity --print-invalid | sed 's/^/p /'; }
 
+# valid PATH…: whether all of these are valid there
+do_valid() { why=unexpected; [ -z "$(do_missing "$@")" ]; }
+
 # Links in each of the link directories: directory number/inode/ctime/./name.
 links() (
   number=0
@@ -4898,9 +5930,22 @@ links() (
   done <"$run/directories"
 )
 
+# What the command says of itself: that it starts, that its terminal stopped (Ctrl-Z) or ended it (Ctrl-C), its exit code.
+await_command() {
+  code=
+  while IFS= read -r state; do
+    case $state in
+      started) say .started ;;
+      stopped) true >"$run/paused"; true >"$run/stopped"; say .stopped ;;
+      interrupted) true >"$run/signalled" ;;
+      *) code=$state ;;
+    esac
+  done <"$run/done"
+}
+
 report() {
-  code=$(cat "$run/done")
-  [ ! -e "$run/signalled" ] || stop_command
+  [ ! -e "$run/signalled" ] || stop_command 6
+  [ ! -e "$run/unheard" ] || say q
   say "x $\{code:-137}"
   links >"$run/links.after"
   awk -v first="$run/links.before" 'BEGIN { while ((getline line <first) > 0) old[line] = 1 } !($0 in old)' "$run/links.after" |
@@ -4911,13 +5956,21 @@ report() {
   while read -r id _; do
     select_tree "$id" || continue
     say "d $id"
-    if list >"$meta/after"; then differences "$meta/base" "$meta/after" && git_differences; else say "e cannot list $tree"; fi
+    true >"$meta/began"
+    if list_again "$meta/after"; then differences "$meta/base" "$meta/after" && git_differences; else say "e cannot list $tree"; fi
   done <"$run/watched"
+}
+
+remember() {
+  exec >/dev/null 2>&1 <"$run/watched" # the other side does not wait for this
+  while read -r id _; do select_tree "$id" && remember_stats; done
 }
 
 # What the results need, but for results that are there already.
 closures() {
-  sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" | sort -u | grep -vxF -f "$run/known" >"$run/results" || return 0
+  sed -n 's,^t\(/nix/store/[^/]*\)$,\1,p' "$run/report" |
+    awk -v known="$run/known" 'BEGIN { while ((getline line <known) > 0) seen[line] = 1 } !seen[$0]++' >"$run/results"
+  [ -s "$run/results" ] || return 0
   xargs nix-store --query --requisites <"$run/results" 2>/dev/null | awk '!seen[$0]++' >"$run/closure"
   xargs nix-store --query --size <"$run/closure" >"$run/sizes" 2>/dev/null
   paste -d' ' "$run/sizes" "$run/closure" | sed 's/^/c /'
@@ -4925,7 +5978,7 @@ closures() {
 
 # run SCRIPT WATCHED DIRECTORIES KNOWN WORD…: hand the command to the other channel, answer when it has ended
 do_run() {
-  mkfifo "$run/done" || { why="cannot write to $run"; return 1; }
+  mkfifo "$run/done" "$run/on" || { why="cannot write to $run"; return 1; }
   [ -p "$run/go" ] || mkfifo "$run/go" 2>/dev/null || [ -p "$run/go" ] || { why="cannot write to $run"; return 1; }
   word "$1"; script=$decoded
   word "$2"; printf '%s' "$decoded" >"$run/watched"
@@ -4938,20 +5991,23 @@ do_run() {
   links >"$run/links.before"
   while read -r id home; do printf '%s\n' "$home" >"$base/meta/$id/running"; done <"$run/watched"
   started=1
-  { printf 'run=%s\n%s\n' "$run" "$script" >"$run/go"; report >"$run/report"; cat "$run/report"; closures; true >"$run/reported"; say .ok; } &
+  { printf 'run=%s\n%s\n' "$run" "$script" >"$run/go"; await_command; report >"$run/report"; cat "$run/report"; closures; true >"$run/reported"; say .ok; remember; } &
   reporter=$!
   (exec </dev/null >/dev/null 2>&1; watchdog) &
 }
 
-# Ends the command when this side was not heard of for some seconds: a connection may die without a word.
+# Ends the command when the other side was not heard for 6 seconds: a network may die without a word. It calls every
+# second: so a network may stand still for 5 seconds, or for 3 if it also loses packets (TCP doubles the time between
+# its repetitions). With the second that a process has to end by itself, nothing is left 9 seconds after the last call.
 watchdog() {
-  true >"$run/alive"
   quiet=0
-  while sleep 2; do
+  while sleep 1; do
     { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || exit 0
     if [ -e "$run/alive" ] || [ -e "$run/paused" ]; then rm -f "$run/alive"; quiet=0; else quiet=$((quiet + 1)); fi
-    if [ "$quiet" -ge 5 ]; then stop_command; kill "$$"; exit 0; fi
+    if [ "$quiet" -ge 6 ]; then true >"$run/unheard"; stop_command 2; break; fi
   done
+  sleep 30 # if the network comes back the other side hears what became of the command
+  if [ -e "$run/agent" ] && [ ! -e "$run/alive" ]; then kill "$$"; fi
 }
 
 # Every process below process $1, deepest first.
@@ -4959,41 +6015,80 @@ below() {
   ps -A -o pid= -o ppid= | awk -v root="$1" '{ up[$1] = $2 } END { for (p in up) { q = p; while (q in up && q != root && q > 1) q = up[q]; if (q == root && p != root) print p } }'
 }
 
-# What the command started: below process $1, or, after its parents ended, with this run's name in its environment.
+# What the command started: below process $1, in its session, or with this run's name in its environment.
 family() {
   below "$1"
-  (set +f; grep -ls "EDICT_RUN=$\{run##*/}" /proc/[0-9]*/environ) | sed 's/[^0-9]//g'
+  [ ! -r /proc/self/stat ] || (
+    set +f
+    cat /proc/[0-9]*/stat | sed 's/ (.*) / /' | awk -v session="$1" '$5 == session { print $1 }'
+    grep -ls "EDICT_RUN=$\{run##*/}" /proc/[0-9]*/environ | sed 's/[^0-9]//g'
+  ) 2>/dev/null
 }
+
+# The process group of the command: at a terminal not that of process $1, which started it.
+group() { ps -A -o ppid= -o pgid= | awk -v parent="$1" '$1 == parent { found = $2 } END { print (found ? found : parent) }'; }
 
 alive() { for p; do kill -0 "$p" 2>/dev/null && return 0; done; return 1; }
 
-# Ends the command and all that it started: politely first.
+# Ends the command and all that it started: politely first, for $1 half seconds.
 stop_command() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
+  left=$1
   all=$(family "$pid")
-  kill -s TERM -- "-$pid" 2>/dev/null # at once, so that no script goes on to its next command
+  set -- "-$pid" "-$(group "$pid")"
+  kill -s TERM -- "$@" 2>/dev/null # at once, so that no script goes on to its next command
   # shellcheck disable=SC2086
   kill -TERM $all 2>/dev/null
   # shellcheck disable=SC2086
-  for _ in 1 2 3 4 5 6; do alive $all || break; sleep 0.5 2>/dev/null || sleep 1; done
-  kill -s KILL -- "-$pid" 2>/dev/null
+  kill -s CONT -- "$@" $all 2>/dev/null
+  # shellcheck disable=SC2086
+  while [ "$left" -gt 0 ] && alive $all; do sleep 0.5 2>/dev/null || sleep 1; left=$((left - 1)); done
+  kill -s KILL -- "$@" 2>/dev/null
   # shellcheck disable=SC2086
   for _ in 1 2 3; do kill -s KILL $all 2>/dev/null; all=$(family "$pid"); [ -n "$all" ] || break; done # what was just forked, too
 }
 
-# signal NAME: the command gets it. At a keyboard a second Ctrl-C says that the first was not enough; else time does.
-do_signal() {
-  pid=$(cat "$run/pid" 2>/dev/null) || return 0
-  true >"$run/signalled"
-  kill -s "$1" -- "-$pid"
-  [ "$1" = INT ] || (exec </dev/null >/dev/null 2>&1; sleep_while_running 6 && stop_command) &
+# Sets pid to that of the script that started the command, which may have been handed over a moment ago.
+command_pid() {
+  for _ in 1 2 3 4 5; do
+    pid=$(cat "$run/pid" 2>/dev/null)
+    [ -z "$pid" ] || return 0
+    sleep 0.2 2>/dev/null || sleep 1
+  done
+  return 1
 }
 
-sleep_while_running() { for _ in $(seq "$1"); do sleep 1; { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || return 1; done; }
+# signal NAME: the command gets it. At a keyboard a second Ctrl-C says that the first was not enough; else time does.
+do_signal() {
+  command_pid || return 0
+  true >"$run/signalled"
+  kill -s "$1" -- "-$(group "$pid")"
+  [ "$1" = INT ] || (exec </dev/null >/dev/null 2>&1; sleep_while_running 6 && stop_command 6) &
+}
+
+# Ctrl-Z without a terminal over there. With one, the command stops by itself.
+do_pause() {
+  command_pid || return 0
+  true >"$run/paused"
+  kill -s STOP -- "-$(group "$pid")"
+}
+
+# fg, whichever way it was stopped.
+do_resume() {
+  [ -e "$run/paused" ] && command_pid || return 0
+  true >"$run/alive"
+  rm -f "$run/paused"
+  if [ -e "$run/stopped" ]; then rm -f "$run/stopped"; echo on >"$run/on"; else kill -s CONT -- "-$(group "$pid")"; fi
+}
+
+sleep_while_running() {
+  left=$1
+  while [ "$left" -gt 0 ]; do sleep 1; { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || return 1; left=$((left - 1)); done
+}
 
 # agreed ID TOKEN: what the command changed is home; from here on this is the agreed state
 do_agreed() {
-  select_tree "$1" && printf '%s\n' "$2" >"$meta/token.new" && mv "$meta/after" "$meta/base" && { [ ! -e "$meta/git.after" ] || mv "$meta/git.after" "$meta/git"; } && mv "$meta/token.new" "$meta/token" && rm -f "$meta/running"
+  select_tree "$1" && printf '%s\n' "$2" >"$meta/token.new" && { cmp -s "$meta/after" "$meta/base" || mv "$meta/after" "$meta/base"; } && { [ ! -e "$meta/git.after" ] || mv "$meta/git.after" "$meta/git"; } && mv "$meta/token.new" "$meta/token" && rm -f "$meta/running"
 }
 
 while IFS= read -r line; do
@@ -5002,15 +6097,13 @@ while IFS= read -r line; do
   verb=$1
   shift
   case $verb in
-    look) if select_tree "$1"; then list >"$meta/look" || rm -f "$meta/look"; fi ;;
-    alive) [ -z "$run" ] || { true >"$run/alive"; rm -f "$run/paused"; } ;;
-    pause) true >"$run/paused"; pid=$(cat "$run/pid") && kill -s STOP -- "-$pid" ;;
-    resume) pid=$(cat "$run/pid") && kill -s CONT -- "-$pid"; rm -f "$run/paused" ;;
-    signal) do_signal "$@" 2>/dev/null ;;
+    look) if select_tree "$1"; then list_again "$meta/look" || rm -f "$meta/look"; fi ;;
+    alive) [ -z "$run" ] || true >"$run/alive" ;;
+    pause | resume | signal) "do_$verb" "$@" 2>/dev/null ;;
     agreed) do_agreed "$@" ;;
     run) if [ -n "$broken" ]; then say ".fail an earlier step failed"; else do_run "$@" || { broken=1; say ".fail $why"; }; fi ;;
     again) broken=; say .ok ;;
-    hello | tree | list | file | commit | input | missing)
+    hello | tree | list | file | commit | input | missing | valid)
       why="$verb failed"
       if [ -n "$broken" ]; then say ".fail an earlier step failed"; elif "do_$verb" "$@"; then say .ok; else broken=1; say ".fail $why"; fi ;;
     *) say ".fail unknown request" ;;
@@ -5021,27 +6114,130 @@ done
 if [ -n "$run" ]; then
   if [ -e "$run/reported" ]; then rm -rf "$run"; exit 0; fi
   true >"$run/gone"
-  [ -z "$started" ] || stop_command
+  [ -z "$started" ] || stop_command 6
   (printf 'exit 254\n' >"$run/go") & sleep 1; kill "$!" "$reporter" 2>/dev/null
-  rm -f "$run/go" "$run/done" "$run/words" "$run/pid" "$run/alive" "$run/agent"
+  rm -f "$run/go" "$run/done" "$run/on" "$run/words" "$run/pid" "$run/alive" "$run/agent"
 fi
 `
 
-/** Sends the named files of a tree as a tar stream, with whichever tar is there. */
+/**
+ * pack ACCEPTED [OPTION…]: files and links below the current directory, named on standard input, as a tar stream, with
+ * whichever tar is there. ACCEPTED and OPTION are for GNU tar: an exit code that is no failure, what else to pass. The
+ * format is one that every tar reads; macOS would add a ._file with attributes to each file.
+ */
+const PACK_FUNCTION = sh`
+pack() {
+  accepted=$1 kind=$(tar --version 2>/dev/null)
+  shift
+  COPYFILE_DISABLE=1
+  export COPYFILE_DISABLE
+  case $kind in
+    *GNU*) tar "$@" -cf - --null --no-recursion -T - || [ "$?" = "$accepted" ] ;;
+    *bsdtar*) tar --format gnutar -cf - --null --no-recursion -T - ;;
+    *)
+      stage=$(mktemp -d) || return 1
+      xargs -0 /bin/sh -c 'for f; do mkdir -p "$0/$\{f%/*}" && cp -Pp -- "$f" "$0/$f" || exit 1; done' "$stage" && tar -cf - -C "$stage" .
+      set -- "$?"
+      rm -rf "$stage"
+      return "$1" ;;
+  esac
+}
+`
+
+/** Here, in the directory that its first word names: a file that changes meanwhile is no failure (GNU tar's 1). */
+export const SEND_SCRIPT = sh`
+${PACK_FUNCTION}
+cd "$1" && pack 1
+`
+
+/** Sends the named files of a tree as a tar stream. */
 export const FETCH_SCRIPT = sh`
+${REMOTE_RAW}
+${PACK_FUNCTION}
 IFS= read -r tree
 IFS= read -r names
 case $tree in /*) ;; *) tree=$HOME/$tree ;; esac
 cd "$tree" || exit 1
-kind=$(tar --version 2>/dev/null) || kind=
-case $kind in *GNU*) set -- --ignore-failed-read ;; *) set -- ;; esac
-if printf '%s' "$kind" | grep -qE 'GNU|bsdtar'; then
-  printf '%b' "$names" | exec tar -cf - "$@" --null --no-recursion -T -
+raw "$names" | pack 0 --ignore-failed-read
+`
+
+/**
+ * Takes an upload that comes as a tar stream: with its modes, but nobody's names. Hard links become files of their own,
+ * as rsync makes them; what lies in a .git is another stream's.
+ */
+export const UNPACK_SCRIPT = sh`
+${REMOTE_DECODE}
+IFS= read -r place
+decode "$place"
+case $decoded in /*) ;; *) decoded=$HOME/$decoded ;; esac
+umask 077
+cd "$decoded" || exit 1
+tar -xpof - || exit 1
+cat >/dev/null # padding: who sends it must not fail
+find . -name .git -prune -o -type f -links +1 -exec /bin/sh -c '
+  copy=$(mktemp) || exit 1
+  for f; do cp -p -- "$f" "$copy" && rm -f -- "$f" && cp -p -- "$copy" "$f" || exit 1; done
+  rm -f "$copy"' sh {} +
+`
+
+/**
+ * Takes locked inputs as a tar stream into the store: one after the other under the name "source", which the store path
+ * of an input is made of. PAIRS: what each is called in the archive, and the store path that it must become.
+ */
+export const INPUTS_SCRIPT = sh`
+${REMOTE_PATH}
+${REMOTE_DECODE}
+IFS= read -r run
+IFS= read -r packed
+IFS= read -r pairs
+umask 077
+cd && mkdir -p "$run/inputs/add" && cd "$run/inputs" || exit 1
+free() { find . -type d ! -perm -700 -exec chmod u+rwx {} + 2>/dev/null; }
+trap 'free; cd .. && rm -rf inputs' EXIT
+case $packed in
+  zstd | gzip) "$packed" -d -c | tar -xof - ;;
+  *) tar -xof - ;;
+esac || exit 1
+cat >/dev/null # padding: who sends it must not fail
+free
+set -f
+decode "$pairs"
+# shellcheck disable=SC2086
+set -- $decoded
+while [ $# -gt 1 ]; do
+  mv -- "$1" add/source && path=$(nix-store --add add/source) || exit 1
+  [ "$path" = "$2" ] || { echo "error: the input $2 came as $path" >&2; exit 1; }
+  rm -rf add/source
+  shift 2
+done
+`
+
+/** Lists store paths as differences does what is new: type and mode, size and name, then the texts of links. */
+export const OUTPUTS_SCRIPT = sh`
+set -f
+LC_ALL=C
+export LC_ALL
+IFS= read -r names
+# shellcheck disable=SC2046
+set -- $(printf '%b' "$names")
+cd /nix/store || exit 1
+# shellcheck disable=SC2185
+if find --version 2>/dev/null | grep -q GNU; then
+  find "$@" -printf '+%y%m//%s///%p\0' -type l -printf 't%l\0n%p\0' 2>/dev/null | tr '\n\0' '\001\n'
 else
-  stage=$(mktemp -d) || exit 1
-  printf '%b' "$names" | xargs -0 sh -c 'for f; do mkdir -p "$0/$\{f%/*}" && cp -Pp -- "$f" "$0/$f" || exit 1; done' "$stage" || exit 1
-  tar -cf - -C "$stage" . && rm -rf "$stage"
+  work=$(mktemp -d) || exit 1
+  trap 'rm -rf "$work"' EXIT
+  find "$@" -print0 >"$work/names" 2>/dev/null
+  if stat -c %s / >/dev/null 2>&1; then set -- -c '+x%f//%s//' "$@"; else set -- -f '+x%Xp//%z//' "$@"; fi
+  if [ -s "$work/names" ]; then xargs -0 stat "$1" "$2" <"$work/names" >"$work/stats" || exit 1; fi
+  shift 2
+  [ ! -s "$work/names" ] || tr '\n\0' '\001\n' <"$work/names" | paste -d/ "$work/stats" -
+  find "$@" -type l -exec /bin/sh -c 'for f; do
+    text=$(readlink "$f" && echo .)
+    for word in "t$\{text%??}" "n$f"; do printf %s "$word" | tr "\n" "\001"; echo; done
+  done' sh {} + 2>/dev/null
 fi
+echo end
 `
 
 /** Sends a pack of the named commits, thin: its deltas may lean on what the other side has. */
@@ -5054,11 +6250,15 @@ printf '%b' "$revisions" | exec git -C "$tree" pack-objects -q --revs --thin --d
 
 /** Runs in the other channel, with $run set: the words of the command, in its directory, with the caller's streams. */
 export const COMMAND_SCRIPT = sh`
-exec 9>"$run/done"
+exec 9>"$run/done" 7<>"$run/on"
+finish() { echo "$1" >&9; exit "$1"; }
+trap 'finish 130' INT
+trap 'finish 143' TERM
+trap 'finish 129' HUP
 echo "$$" >"$run/pid"
 ${REMOTE_PATH}
 ${REMOTE_DECODE}
-fail() { printf 'edict: %s\n' "$1" >&2; echo 254 >&9; exit 254; }
+fail() { printf 'edict: %s\n' "$1" >&2; finish 254; }
 # Before Nix 2.19 the words of nix flake update are flakes, since then names of inputs.
 takes_inputs() {
   version=$(nix --version 2>/dev/null) && version=$\{version##* } || return 1
@@ -5066,12 +6266,14 @@ takes_inputs() {
   [ "$\{version%%.*}" -gt 2 ] || [ "$\{minor%%[!0-9]*}" -ge 19 ]
 }
 set --
-directory=
+directory='' settings=''
 while IFS= read -r line; do
   decode "$\{line#?}"
   case $line in
     d*) directory=$decoded ;;
     e*) export "$\{decoded?}" ;;
+    c*) settings="$settings
+$decoded" ;;
     w*) set -- "$@" "$decoded" ;;
     p*) word=$decoded ;;
     h*) case $decoded in /*) word=$word$decoded ;; *) word=$word$HOME/$decoded ;; esac ;;
@@ -5079,22 +6281,36 @@ while IFS= read -r line; do
     u*) if takes_inputs; then set -- "$@" --flake "$decoded"; else set -- "$@" "$decoded"; fi ;;
   esac
 done <"$run/words"
+rm -f "$run/words"
 case $directory in /*) ;; *) directory=$HOME/$directory ;; esac
 cd "$directory" || fail "cannot enter $directory over there"
 command -v "$1" >/dev/null || fail "no $1 over there: not on the PATH of a non-interactive shell, nor in a Nix profile; install Nix there, or set its PATH"
 NIX_CONFIG="$\{NIX_CONFIG:+$NIX_CONFIG
-}extra-experimental-features = nix-command flakes"
+}extra-experimental-features = nix-command flakes$settings"
 export NIX_CONFIG
 EDICT_RUN=$\{run##*/}
 export EDICT_RUN
 umask "$mask"
 trap : INT QUIT TERM HUP
-unset mask run line directory decoded word version minor
-exec 8>&2 2>/dev/null # this shell need not say that a signal ended the command
-(exec "$@" 2>&8 8>&- 9>&-)
+unset mask run line directory decoded settings word version minor
+# The shell that waits need not say that a signal ended the command.
+run() {
+  exec 8>&2 2>/dev/null
+  trap : INT QUIT TERM HUP
+  (exec 2>&8 7<&- 8>&- 9>&-; exec "$@") # in two steps: bash 3.2 leaves copies of what one step closes
+}
+echo started >&9
+[ ! -t 0 ] || set -m # the command as a job, which Ctrl-Z at the terminal can stop; for bash 2 is the terminal then
+(run "$@")
 code=$?
-echo "$code" >&9
-exit "$code"
+while kill -0 %+ 2>/dev/null; do
+  echo stopped >&9
+  IFS= read -r _ <&7
+  fg >/dev/null
+  code=$?
+done
+[ ! -t 0 ] || [ "$code" != 130 ] || echo interrupted >&9
+finish "$code"
 `
 // ── 16. Session: requests to the agent, answers from it ─────────────────────────────────────────────────
 
@@ -5108,7 +6324,7 @@ type Session = Readonly<{
   greeting: Promise<ReadonlySet<string>> // what is over there
 }>
 
-type Killable = Readonly<{ kill: (signal: NodeJS.Signals) => void }>
+type Killable = Readonly<{ kill: (signal: NodeJS.Signals) => void; onCtrlC?: "goes on" }>
 
 /** Everything that one run on one host needs. */
 type Context = {
@@ -5116,21 +6332,31 @@ type Context = {
   readonly env: Env
   readonly run: string // names this run over there
   readonly report: Report
+  readonly steps: Steps
+  readonly writeReport: () => void
   readonly control: string // path of the multiplexing socket, "" without
   readonly children: Set<Killable>
+  readonly ear: Ear // for what the command says
   multiplexed: boolean
   noisy: boolean // the login shell prints something of its own
   roundTrip: number // milliseconds, as the first answer suggests
   channel?: Promise<number> // of the command: ends with its ssh
+  rsync?: Promise<string> // first line of what rsync here says of itself
   session?: Session
   running: boolean
+  started: boolean // the command, over there
+  ran?: "to its end" | "interrupted since" // the command
+  keyboard?: Keyboard // while the command runs, if it is a terminal
+  suspend?: () => void // what Ctrl-Z at the terminal over there leads to
   signal?: NodeJS.Signals // that this program got first
 }
 
 /** Opens the connection (asking for a password once), then the agent. */
 async function connect(context: Context): Promise<void> {
+  const release = context.steps.hold("until bytes flow") // ssh may ask for a password on the terminal
   context.multiplexed = await openMaster(context)
   context.session = await openSession(context)
+  if (context.multiplexed) void context.session.greeting.then(release, () => undefined)
   // The agent lists known trees while they are scanned here.
   for (const tree of context.plan.trees)
     if (fs.existsSync(manifestFile(context, tree))) context.session.tell("look", tree.id)
@@ -5156,16 +6382,26 @@ async function openSession(context: Context): Promise<Session> {
   child.onOutput(answerReader(context, { child, queue }))
   void child.ended.then((code) => endQueue(queue, lostConnection(context, code, child.errors())))
   const send = (words: readonly string[]) => child.write(`${words.join(" ")}\n`)
-  const request = (words: readonly string[]) =>
+  const request = (words: readonly string[], told = () => words.slice(1)) =>
     new Promise<string[]>((resolve, reject) => {
       if (queue.ended) return reject(queue.ended)
-      queue.waiting.push({ lines: [], resolve, reject })
-      if (plan.options.verbosity > 1) say(`> ${words.map(shortened).join(" ")}`)
+      const asked = performance.now()
+      const answered = (answer: string[]) => {
+        const what = words.slice(0, 2).filter((word) => !word.includes("\\")) // no scripts and contents
+        publishCommand([AGENT, ...what], performance.now() - asked)
+        resolve(answer)
+      }
+      queue.waiting.push({ lines: [], resolve: answered, reject })
+      if (plan.options.verbosity > 1)
+        context.steps.say(`> ${[words[0]!, ...told()].map(shortened).join(" ")}`)
       send(words)
     })
   const encode = (words: readonly string[], encoding: "utf8" | "latin1") =>
     words.map((word) => encodeWord(word, encoding))
-  const ask: Session["ask"] = (verb, ...words) => request([verb, ...encode(words, "utf8")])
+  const ask: Session["ask"] = (verb, ...words) =>
+    request([verb, ...encode(words, "utf8")], () =>
+      encode(words.map(withoutSecret), "utf8").map(secretLeftOut),
+    )
   const began = performance.now()
   send([encodeScript(AGENT_SCRIPT)])
   const greeting = ask("hello", plan.root, plan.host.directory, context.run).then((answer) => {
@@ -5192,8 +6428,13 @@ function answerReader(context: Context, from: { child: Child; queue: Queue }): (
   let received = 0
   let first: EdictError | undefined // what later requests fail for, too
   const take = (line: string) => {
-    if (options.verbosity > 1) say(`< ${shown(line)}`)
+    if (options.verbosity > 1) context.steps.say(`< ${shown(line)}`)
     if (line.startsWith(".")) received = 0
+    if (line === ".started") {
+      context.started = true
+      return context.keyboard?.use()
+    }
+    if (line === ".stopped") return context.suspend?.()
     if (line === ".ok") {
       const answered = queue.waiting.shift()
       answered?.resolve(answered.lines)
@@ -5286,7 +6527,9 @@ function controlPath(plan: Pick<Plan, "host">, env: Env): string {
   } catch {
     return ""
   }
-  return `${directory}/${hash(`${plan.host.destination} ${plan.host.sshOptions.join(" ")}`).slice(0, 16)}`
+  // A connection lends the agent that it was opened with.
+  const agent = plan.host.sshOptions.includes("-A") ? ` ${env.SSH_AUTH_SOCK}` : ""
+  return `${directory}/${hash(`${plan.host.destination} ${plan.host.sshOptions.join(" ")}${agent}`).slice(0, 16)}`
 }
 
 /** Writes the host key of the machines file where ssh looks for it. */
@@ -5355,35 +6598,18 @@ async function livelinessOptions(host: Host): Promise<string[]> {
 }
 
 /** ssh's own words as an error, with what usually helps. */
-export function sshError(host: Pick<Host, "name" | "destination">, errors: string): EdictError {
-  const line = lastLine(errors) || "ssh failed"
-  const remedies: [RegExp, string][] = [
-    [
-      /Could not resolve hostname|Name or service not known/,
-      `check the name, or give it an address in ssh_config or the host config`,
-    ],
-    [/Permission denied/, `ssh ${host.destination} true   # must work first; see ssh-copy-id`],
-    [
-      /Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED/,
-      `ssh ${host.destination} true   # and look at what it says about the key`,
-    ],
-    [
-      /timed out|No route|refused|unreachable/,
-      `ssh -v ${host.destination} true   # is it up, is the port right?`,
-    ],
-  ]
-  return new EdictError(
-    `cannot reach ${shown(host.name)}: ${shown(line)}`,
-    remedies.find(([pattern]) => pattern.test(errors))?.[1] ?? `ssh -v ${host.destination} true`,
-    SSH_FAILED,
-  )
+export function sshError(host: KnownHost, errors: string): EdictError {
+  const [known] = explain(errors, { by: "ssh", host })
+  const line = known?.line ?? (lastLine(errors) || "ssh failed")
+  const remedy = known?.remedy ?? `ssh -v ${host.destination} true`
+  return new EdictError(`cannot reach ${shown(host.name)}: ${shown(line)}`, remedy, SSH_FAILED)
 }
 // ── 18. Processes: the only place that starts one ───────────────────────────────────────────────────────
 // zx starts them and reads short answers; bytes flow inside one bash pipeline or through inherited streams.
 
 /** zx with everything that the environment's ZX_* could change set; loaded late, as it is most of the start-up. */
 async function shell(): Promise<typeof import("zx/core").$> {
-  const { $, useBash } = await import("zx/core")
+  const { $, useBash } = await load("zx", () => import("zx/core"), "/core")
   try {
     useBash()
   } catch {
@@ -5419,13 +6645,13 @@ const pipeline = (...stages: string[][]): string[] => [
   codes=($? "\${PIPESTATUS[@]}"); [[ " \${codes[*]} " == *" 255 "* ]] && exit 255; exit "\${codes[0]}"`,
 ]
 
-/** A remote command that takes its script from its first line and the rest of standard input as it comes. */
-const withScript = (ssh: string[], script: string): string[] => [
+/** A remote command that takes its script, and words for it, from its first lines, and then standard input as it comes. */
+const withScript = (ssh: string[], script: string, ...words: string[]): string[] => [
   "bash",
   "-c",
   `{ printf '%s\\n' "$1"; cat; } | "\${@:2}"`,
   "bash",
-  encodeScript(script),
+  [encodeScript(script), ...words].join("\n"),
   ...ssh,
   BOOT_LINE,
 ]
@@ -5439,7 +6665,8 @@ async function capture(
   failure: "may-fail" | "throws" = "throws",
   input?: Buffer,
 ): Promise<string> {
-  const result = await collect(argv, { input, stdin: input ? "pipe" : "ignore", what: argv[0]! })
+  const how = { what: argv[0]!, onCtrlC: "goes on" } as const
+  const result = await collect(argv, { ...how, input, stdin: input ? "pipe" : "ignore" })
   if (result.code !== 0 && failure === "throws") throw commandError(argv, argv[0]!, result)
   return result.code === 127 && failure === "may-fail" ? "" : result.stdout
 }
@@ -5454,13 +6681,12 @@ type Execution = Readonly<{
   input?: Buffer
   stdin?: "ignore" | "inherit" | "pipe"
   failure?: (code: number, errors: string) => EdictError | undefined
+  onCtrlC?: "goes on" // what brings changes home; a second one ends it
 }>
 
 /** Runs one step of the plan: traced, killed with this program, its failure explained. Answers its stdout. */
 async function execute(context: Context, argv: readonly string[], how: Execution): Promise<string> {
-  const began = performance.now()
   const result = await collect(argv, { ...how, stdin: how.input ? "pipe" : (how.stdin ?? "ignore"), context })
-  if (context.plan.options.verbosity > 0) trace(argv, performance.now() - began)
   if (result.code !== 0)
     throw how.failure?.(result.code, result.stderr) ?? commandError(argv, how.what, result, context.plan.host)
   return result.stdout
@@ -5470,8 +6696,12 @@ async function collect(
   argv: readonly string[],
   how: Execution & { context?: Context },
 ): Promise<{ code: number; stdout: string; stderr: string }> {
+  const began = performance.now()
   const $ = await shell()
-  const process_ = $({ stdio: [how.stdin ?? "ignore", "pipe", "pipe"], input: how.input })`${[...argv]}`
+  // Of a session of its own it does not get what the terminal sends, and cannot be asked for a password.
+  const detached = how.onCtrlC === "goes on" && how.context?.multiplexed !== false
+  const stdio = [how.stdin ?? "ignore", "pipe", "pipe"] as const
+  const process_ = $({ stdio: [...stdio], input: how.input, detached })`${[...argv]}`
   if (how.input) process_.stdin.on("error", () => undefined) // it ended before it read all
   const [stdout, stderr]: [Buffer[], Buffer[]] = [[], []]
   process_.stdout.on("data", (chunk: Buffer) => {
@@ -5482,10 +6712,12 @@ async function collect(
     stderr.push(chunk)
     how.onErrors?.(chunk.toString("utf8"))
   })
-  const child = { kill: (signal: NodeJS.Signals) => killWithChildren(process_.pid, signal) }
+  const { onCtrlC } = how
+  const child = { kill: (signal: NodeJS.Signals) => killWithChildren(process_.pid, signal), onCtrlC }
   how.context?.children.add(child)
   const result = await process_
   how.context?.children.delete(child)
+  publishCommand(argv, performance.now() - began)
   return {
     code: exitCodeOf(result),
     stdout: Buffer.concat(stdout).toString("latin1"),
@@ -5493,21 +6725,226 @@ async function collect(
   }
 }
 
+type Foreground = Readonly<{
+  detached: boolean
+  keys: Keys | "none"
+  listenTo: "nothing" | "stdout" | "stderr"
+}>
+
+/**
+ * Starts a command with our own standard streams. The one that is listened to goes through tee, which writes each byte
+ * as it comes; the lines that hold a mark come to this program, too, by grep, which may use so much memory, no more.
+ * The streams are the command's ssh's: what the command has over there, a terminal or none, is the same as without.
+ */
+function startListened(
+  $: Awaited<ReturnType<typeof shell>>,
+  { env, ear }: Context,
+  { argv, detached, listenTo, stdin }: Foreground & { argv: readonly string[]; stdin: Keyboard["stdin"] },
+): { process_: ProcessPromise; heard: Promise<unknown> } {
+  const words = [...argv]
+  const hasTools = ["tee", "tr", "grep"].every((tool) => hasProgram(tool, env))
+  if (listenTo === "nothing" || !hasTools)
+    return {
+      process_: $({ stdio: [stdin, "inherit", "inherit"], detached })`exec ${words}`,
+      heard: Promise.resolve(),
+    }
+  const marks = TROUBLE_MARKS.flatMap((mark) => ["-e", mark])
+  process.stderr.write("") // now, not later: Bun lets its streams never block, and what it starts unblocks them
+  // 3 is this program's ear, 4 the stream itself. No signal but the end of the stream ends those who listen.
+  const $listened = $({ stdio: [stdin, "inherit", "inherit", "pipe"], detached })
+  const process_ =
+    listenTo === "stderr"
+      ? $listened`exec 4>&2 2> >(trap '' INT QUIT TERM HUP TSTP; exec 2>/dev/null
+          LC_ALL=C exec tee >(exec 4>&-; ulimit -v 400000; grep -aF ${marks} >&3; [ $? -lt 2 ] || exec cat >/dev/null) 3>&- >&4)
+          exec ${words} 3>&- 4>&-`
+      : $listened`exec 4>&1 > >(trap '' INT QUIT TERM HUP TSTP; exec 2>/dev/null
+          LC_ALL=C exec tee >(exec 4>&-; ulimit -v 400000; tr '\\r' '\\n' | grep -aF ${marks} >&3; [ $? -lt 2 ] || exec cat >/dev/null) 3>&- >&4)
+          exec ${words} 3>&- 4>&-`
+  const listening = process_.child!.stdio[3] as Readable
+  listening.on("data", (chunk: Buffer) => ear.hear(chunk.toString("utf8")))
+  return { process_, heard: new Promise((resolve) => listening.once("close", resolve)) }
+}
+
 /** Runs a command with our own standard streams; answers its exit code. */
-async function foreground(
-  context: Context,
-  argv: readonly string[],
-  how: { detached: boolean },
-): Promise<number> {
+async function foreground(context: Context, argv: readonly string[], how: Foreground): Promise<number> {
   const began = performance.now()
-  const $ = await shell()
-  const process_ = $({ stdio: "inherit", detached: how.detached })`exec ${[...argv]}`
-  const child = { kill: (signal: NodeJS.Signals) => kill(process_.pid, signal) }
+  const keyboard = how.keys === "none" ? undefined : await openKeyboard(how.keys)
+  const { process_, heard } = startListened(await shell(), context, {
+    argv,
+    ...how,
+    stdin: keyboard?.stdin ?? "inherit",
+  })
+  const end = context.plan.monitor === "none" ? kill : killWithChildren
+  const child = { kill: (signal: NodeJS.Signals) => end(process_.pid, signal) }
   context.children.add(child)
+  context.keyboard = keyboard
+  keyboard?.attach(process_)
+  if (how.keys === "lines" || context.started) keyboard?.use()
   const result = await process_
+  keyboard?.close()
+  context.keyboard = undefined
   context.children.delete(child)
-  if (context.plan.options.verbosity > 0) trace(argv, performance.now() - began)
+  await Promise.race([heard, delay(5000)]) // what it said last is on its way through tee
+  publishCommand(argv, performance.now() - began)
   return exitCodeOf(result)
+}
+
+/** What the command gets of the keyboard: lines, as the terminal edits them, or each key, for a terminal over there. */
+type Keys = "lines" | "each"
+
+/**
+ * Our terminal as the input of a command. What ssh has as its standard input is read by the process of the shared
+ * connection, which belongs to no job of the user's shell: it would go on reading while this program is stopped or in
+ * the background, and swallow what is typed for the shell. So a process of ours reads, and only while that is right.
+ */
+type Keyboard = Readonly<{
+  stdin: "inherit" | "pipe" | number // of the command
+  attach: (process_: ProcessPromise) => void // the command
+  use: () => void // reads from now on, or as soon as this program is in the foreground
+  leave: () => void // reads no more, and the terminal is as it was
+  close: () => void
+}>
+
+/**
+ * Reads the terminal as a job of the shell does: a background one gets an error. The guard, whose input 3 ends without a
+ * line when this program was killed, then ends the reader and gives the terminal its modes ($1) back.
+ */
+export const KEYBOARD_SCRIPT = sh`
+trap '' INT QUIT TTIN
+exec 4<&0
+( IFS= read -r _ <&3 || { kill "$$"; [ -z "$1" ] || stty "$1" <&4; }; ) >/dev/null 2>&1 &
+exec cat 2>/dev/null 3<&- 4<&-
+`
+
+/** Answers undefined where ssh has to read the terminal itself. */
+async function openKeyboard(keys: Keys): Promise<Keyboard | undefined> {
+  if (keys === "lines") {
+    const command: { stdin?: NodeJS.WritableStream } = {}
+    const reader = keyReader("", (typed) => void (typed ? command.stdin?.write(typed) : command.stdin?.end()))
+    const attach = (process_: ProcessPromise) => {
+      command.stdin = process_.stdin
+      process_.stdin.on("error", () => undefined) // it ended
+    }
+    return { stdin: "pipe", attach, close: reader.leave, ...reader }
+  }
+  const modes = sttyHere("-g")
+  const pseudo = await openPseudoTerminal(modes)
+  if (pseudo === undefined) return undefined
+  let command: ProcessPromise | undefined
+  const follow = () => {
+    pseudo.terminal.resize(...windowSize())
+    kill(command?.pid, "SIGWINCH")
+  }
+  const reader = keyReader(modes, (typed) => void (typed && pseudo.terminal.write(typed)))
+  process.on("SIGWINCH", follow)
+  return {
+    stdin: pseudo.slave,
+    attach: (process_) => void (command = process_),
+    use: () => {
+      follow()
+      reader.use()
+    },
+    leave: reader.leave,
+    close: () => {
+      process.off("SIGWINCH", follow)
+      reader.leave()
+      fs.closeSync(pseudo.slave)
+      pseudo.terminal.close()
+    },
+  }
+}
+
+/**
+ * A terminal of our own with the modes and the size of the real one: ssh takes both from its input for the terminal
+ * over there. What is typed goes in at its other end; nothing comes out, as ssh's output is the real one.
+ */
+async function openPseudoTerminal(
+  modes: string,
+): Promise<{ terminal: Bun.Terminal; slave: number } | undefined> {
+  const [cols, rows] = windowSize()
+  let said = ""
+  const data = (_: Bun.Terminal, bytes: Uint8Array) => void (said += Buffer.from(bytes).toString("latin1"))
+  const terminal = new Bun.Terminal({ cols, rows, data })
+  const name = () => /^\/dev\/[\w/]+(?=\s)/m.exec(said)?.[0]
+  await Bun.spawn(["sh", "-c", 'stty "$1"; tty', "sh", modes], { terminal }).exited
+  for (let n = 0; n < 200 && !name(); n++) await delay(5)
+  try {
+    return { terminal, slave: fs.openSync(name() ?? "", fs.constants.O_RDWR | fs.constants.O_NOCTTY) }
+  } catch {
+    terminal.close() // no pseudo-terminals below /dev here
+    return undefined
+  }
+}
+
+/** Reads our terminal while it may; `take` gets the bytes, and nothing at the end of input. With `modes`, each key. */
+function keyReader(
+  modes: string,
+  take: (typed: Uint8Array | undefined) => void,
+): Pick<Keyboard, "use" | "leave"> {
+  let reader: ReturnType<typeof startReader> | undefined
+  let later: ReturnType<typeof setTimeout> | undefined
+  const setModes = (...words: string[]) => (modes === "" ? "" : sttyHere(...words))
+  const leave = () => {
+    clearTimeout(later)
+    process.off("exit", leave)
+    if (reader === undefined) return
+    const { pid, guard } = reader
+    reader = undefined
+    fs.writeSync(guard, "\n")
+    kill(pid, "SIGKILL")
+    setModes(modes)
+  }
+  const use = () => {
+    clearTimeout(later)
+    if (reader !== undefined) return
+    if (!isInForeground()) return void (later = setTimeout(use, 300))
+    setModes("raw", "-echo", "-iexten")
+    const mine = (reader = startReader(modes))
+    process.on("exit", leave)
+    void mine.read(take).then((end) => {
+      if (reader !== mine) return
+      reader = undefined
+      if (end === "end of input") take(undefined)
+      else later = setTimeout(use, 300) // in the background
+    })
+  }
+  return { use, leave }
+}
+
+function startReader(modes: string) {
+  const child = Bun.spawn(["sh", "-c", KEYBOARD_SCRIPT, "sh", modes], {
+    stdio: ["inherit", "pipe", "inherit", "pipe"],
+    env: cleanEnvironment(),
+  })
+  const read = async (take: (typed: Uint8Array) => void): Promise<"end of input" | "ended"> => {
+    for await (const typed of child.stdout) take(typed)
+    return (await child.exited) === 0 ? "end of input" : "ended"
+  }
+  return { pid: child.pid, guard: Number(child.stdio[3]), read }
+}
+
+/** Runs stty on our standard input; answers what it prints, "" if there is none. */
+function sttyHere(...words: string[]): string {
+  try {
+    const { stdout } = Bun.spawnSync(["stty", ...words], { stdin: "inherit", stderr: "ignore" })
+    return stdout.toString().trim()
+  } catch {
+    return ""
+  }
+}
+
+/** Columns and rows of the terminal that is our standard input. */
+function windowSize(): [columns: number, rows: number] {
+  const [rows, columns] = sttyHere("size").split(" ").map(Number)
+  return [columns || 80, rows || 24]
+}
+
+/** Whether the shell that started this program, if it has job control, gave it the terminal. */
+function isInForeground(): boolean {
+  const stat = readText("/proc/self/stat")?.replace(/^.*\) \S+ /s, "") // ppid pgrp session tty_nr tpgid …
+  const ps = () => Bun.spawnSync(["ps", "-o", "ppid=,pgid=,sess=,tty=,tpgid=", "-p", String(process.pid)])
+  const [, group, , terminal, foreground] = (stat ?? ps().stdout.toString()).trim().split(/\s+/)
+  return group === foreground || terminal === "0" || terminal?.startsWith("?") === true
 }
 
 type Child = Readonly<{
@@ -5534,7 +6971,7 @@ async function start(context: Context, argv: readonly string[], how: { detached:
     return exitCodeOf(result)
   }
   const ended = end()
-  if (context.plan.options.verbosity > 0) trace(argv, 0)
+  publishCommand(argv)
   return {
     handle: child,
     write: (text) => void process_.stdin.write(Buffer.from(text, "latin1")),
@@ -5576,23 +7013,17 @@ export function exitCodeOf(result: { exitCode: number | null; signal: NodeJS.Sig
 /** What dd says of its counting, which is no error. */
 const COUNTER_LINES = /^(\d+\+\d+ records (in|out)|\d+ bytes .*copied.*)$/gm
 
-/** What a failed step means, in one line, with what to do about the usual causes. */
+/** What a failed step means, in one line, with what to do about the usual causes: see TROUBLES. */
 function commandError(
   argv: readonly string[],
   what: string,
   result: { code: number; stderr: string },
   host?: Host,
 ): EdictError {
-  const where = host ? ` on ${host.name} or here` : ""
   const errors = result.stderr.replaceAll("\r", "\n").replace(COUNTER_LINES, "")
-  const line =
-    errors
-      .split("\n")
-      .find((text) =>
-        /No space left|Disk quota|lacks a (valid )?signature|dubious ownership|not found/.test(text),
-      ) ??
-    errors.split("\n").find((text) => text.startsWith("error: ")) ??
-    firstLine(errors)
+  const where = host === undefined || what.startsWith("retrieval") ? "here" : "here or there"
+  const scene = { by: "step", host, where: what.startsWith("upload") ? "there" : where } as const
+  const [known] = explain(errors, scene)
   const absent = /^bash: line \d+: (\S+): command not found$/m.exec(errors)?.[1]
   if (absent) return new EdictError(`no ${shown(absent)} here`, `install ${shown(absent)}`)
   if (result.code === 127) return new EdictError(`no ${shown(argv[0]!)} here`, `install ${shown(argv[0]!)}`)
@@ -5604,46 +7035,70 @@ function commandError(
       SSH_FAILED,
     )
   if (host && result.code === 255) return sshError(host, result.stderr)
-  const remedies: [RegExp, string][] = [
-    [/No space left|Disk quota/, `free some space${where}`],
-    [
-      /lacks a (valid signature|signature by a trusted key)/,
-      "the store here refuses unsigned paths of this user: sign them on the host by a key that is in trusted-public-keys here, or leave the result there (--no-link)",
-    ],
-  ]
+  const line = known?.line ?? lines(errors).find((text) => text.startsWith("error: ")) ?? firstLine(errors)
   return new EdictError(
     `${what} failed (exit ${result.code})${line ? `: ${shown(line.trim())}` : ""}`,
-    remedies.find(([pattern]) => pattern.test(result.stderr))?.[1] ??
-      (host ? "add -v to see the commands" : ""),
+    known?.remedy ?? (host ? "add -v to see the commands" : ""),
   )
 }
 
 /**
  * What this process does on a signal: the command gets it, and its changes still come home; the second time it leaves
- * at once. Ctrl-Z stops the command, too, and fg lets it go on.
+ * at once. After the command, the first Ctrl-C ends only the transfer of results. Ctrl-Z stops the command, too, and fg
+ * lets it go on.
  */
 function handleSignals(context: Context): { dispose: () => void } {
   let first = 0
+  let show = () => {}
   const end = (signal: NodeJS.Signals) => () => {
     const isFirst = context.signal === undefined
     // One of several hosts: Ctrl-C comes from the terminal, and once more from the process that runs them all.
     if (!isFirst && context.env[PARENT] && performance.now() - first < 500) return
     if (isFirst) first = performance.now()
     context.signal ??= signal
+    context.report.signal ??= signal
     if (context.running && isFirst) return context.session?.tell("signal", signal.slice(3))
+    if (context.ran && isFirst && signal === "SIGINT") {
+      context.ran = "interrupted since"
+      for (const child of context.children)
+        if (child !== context.session?.child && child.onCtrlC !== "goes on") child.kill("SIGTERM")
+      return
+    }
     for (const child of context.children) child.kill("SIGTERM")
+    context.report.exitCode = signalCode(signal)
+    context.steps.end()
+    context.writeReport()
     process.exit(signalCode(signal))
+  }
+  // As the shell's job control has it: a process group that no shell could continue is not stopped.
+  const stop = (whom: "this process" | "its group") => {
+    context.keyboard?.leave()
+    show()
+    show = context.steps.hold("always")
+    process.off("SIGTSTP", pause)
+    process.kill(whom === "its group" ? 0 : process.pid, "SIGTSTP")
+    process.on("SIGTSTP", pause)
+    resume()
   }
   const pause = () => {
     if (context.running) context.session?.tell("pause")
-    setTimeout(() => process.kill(process.pid, "SIGSTOP"), 100) // once the request is on its way
+    // A terminal over there tells when the command has stopped; else we wait until the request is on its way.
+    if (!context.started || typeof context.keyboard?.stdin !== "number")
+      setTimeout(() => stop("this process"), 100)
   }
+  const resume = () => {
+    show()
+    if (!context.running) return
+    context.keyboard?.use()
+    context.session?.tell("resume")
+  }
+  context.suspend = () => stop("its group")
   const handlers: [NodeJS.Signals, () => void][] = [
     ["SIGINT", end("SIGINT")],
     ["SIGTERM", end("SIGTERM")],
     ["SIGHUP", end("SIGHUP")],
     ["SIGTSTP", pause],
-    ["SIGCONT", () => context.running && context.session?.tell("resume")],
+    ["SIGCONT", resume],
   ]
   for (const [signal, handler] of handlers) process.on(signal, handler)
   return { dispose: () => handlers.forEach(([signal, handler]) => process.off(signal, handler)) }
@@ -5652,54 +7107,77 @@ function handleSignals(context: Context): { dispose: () => void } {
 /** 128+n, as shells say it of a process that a signal ended. */
 const signalCode = (signal: NodeJS.Signals): number => 128 + os.constants.signals[signal]
 
+/** The stages that a line on the terminal tells of: while others run, ssh or the command may be writing there. */
+const STAGES_SHOWN = new Map<string, (host: string) => string>([
+  ["scan", () => "scan"],
+  ["upload", (host) => `upload to ${host}`],
+  ["results", (host) => `results from ${host}`],
+  ["sync back", (host) => `sync back from ${host}`],
+])
+
 /** Runs one stage and notes its time. */
 async function stage<T>(context: Context, name: string, work: () => Promise<T>): Promise<T> {
   const began = performance.now()
+  const { steps, plan, report } = context
+  const label = STAGES_SHOWN.get(name)?.(shown(plan.host.name))
+  const done = label === undefined ? () => undefined : steps.begin(label)
   try {
     return await work()
   } finally {
+    done()
     const milliseconds = Math.round(performance.now() - began)
-    context.report.stages.push({ stage: name, milliseconds })
-    if (context.plan.options.verbosity > 0) say(`${name}: ${(milliseconds / 1000).toFixed(2)} s`)
+    report.stages.push({ stage: name, milliseconds })
+    if (plan.options.verbosity > 0) steps.say(`${name}: ${(milliseconds / 1000).toFixed(2)} s`)
   }
 }
 
 /** Waits for all of these; answers the first error that a user can mend, and tells the others. */
-async function firstTrouble(steps: readonly Promise<void>[]): Promise<EdictError | undefined> {
-  const errors = (await Promise.allSettled(steps)).flatMap((result) =>
+async function firstTrouble(
+  { steps }: Context,
+  work: readonly Promise<void>[],
+): Promise<EdictError | undefined> {
+  const errors = (await Promise.allSettled(work)).flatMap((result) =>
     result.status === "rejected" ? [mendable(result.reason)] : [],
   )
   const bug = errors.find((error) => !(error instanceof EdictError))
   if (bug !== undefined) throw bug
-  for (const error of errors.slice(1)) tell(error)
+  for (const error of errors.slice(1)) tell(error, steps)
   return errors[0] as EdictError | undefined
 }
 
-async function startContext(plan: Plan, env: Env, report: Report): Promise<Context> {
-  for (const tool of plan.trees.length > 0 ? ["bash", "ssh", "rsync"] : ["bash", "ssh"])
+async function startContext(plan: Plan, { env, steps, reporter }: Here): Promise<Context> {
+  const carrier = hasProgram("tar", env) ? "tar" : "rsync" // either will do
+  for (const tool of plan.trees.length > 0 ? ["bash", "ssh", carrier] : ["bash", "ssh"])
     if (!hasProgram(tool, env)) throw new EdictError(`no ${tool} here`, `install ${tool}`)
+  if (plan.monitor === "nom" && !hasProgram("nom", env))
+    throw new EdictError(
+      "no nom here to show the log",
+      "nix profile install nixpkgs#nix-output-monitor   # or say nix instead of nom",
+    )
   if (plan.trees.some((tree) => tree.kind === "git") && !hasProgram("git", env))
     throw new EdictError("no git here, and the flake lies in a git repository", "install git")
   return {
     plan,
     env,
     run: randomName().slice(0, 16),
-    report,
+    report: reporter.report,
+    steps,
+    writeReport: reporter.write,
     control: controlPath(plan, env),
     children: new Set(),
-
+    ear: openEar(),
     multiplexed: false,
     noisy: false,
     roundTrip: 0,
     running: false,
+    started: false,
   }
 }
 
 async function endContext(context: Context): Promise<void> {
-  const { report, plan } = context
   for (const child of context.children) if (child !== context.session?.child) child.kill("SIGTERM")
   context.session?.close()
-  if (plan.options.report) fs.writeFileSync(plan.options.report, `${JSON.stringify(report, null, 2)}\n`)
+  context.steps.end()
 }
 // ── 19. Many hosts: the same command on several at once ─────────────────────────────────────────────────
 // Each host gets a process of its own, so that a dead or slow one stands in nobody's way. What they print is put
@@ -5717,9 +7195,10 @@ export type HostRun = Readonly<{
 async function runOnMany(
   invocation: Invocation,
   hosts: readonly Host[],
-  argv: readonly string[],
+  how: { argv: readonly string[]; reporter: Reporter },
 ): Promise<number> {
   const { options } = invocation
+  const { argv, reporter } = how
   const reports = fs.mkdtempSync(path.join(os.tmpdir(), "edict-reports-"))
   const removeReports = () => fs.rmSync(reports, { recursive: true, force: true })
   process.on("exit", removeReports)
@@ -5727,16 +7206,23 @@ async function runOnMany(
   const children = new Set<Killable>()
   const stopped = new Set<Killable>()
   let signalled = 0
+  const runs: HostRun[] = []
+  const all = () =>
+    hosts.map(
+      (host): HostRun =>
+        runs.find((run) => run.host === host) ?? { host, state: "not run", code: 0, seconds: 0, report: {} },
+    )
+  reporter.several = () => all().map(runAsJson)
   const stop = (signal: NodeJS.Signals) => {
     queue.length = 0
     for (const child of children) child.kill(signal)
   }
   const watch = relaySignals((signal) => {
+    if (signalled > 0) reporter.write() // this is the second one, which ends the program
     signalled = signalCode(signal)
     stop(signal)
   })
   const put = lineWriter(() => stop("SIGTERM"))
-  const runs: HostRun[] = []
   const worker = async () => {
     for (let host = queue.shift(); host; host = queue.shift()) {
       const report = path.join(reports, String(hosts.indexOf(host)))
@@ -5755,13 +7241,9 @@ async function runOnMany(
     removeReports()
     process.off("exit", removeReports)
   }
-  const all = hosts.map(
-    (host): HostRun =>
-      runs.find((run) => run.host === host) ?? { host, state: "not run", code: 0, seconds: 0, report: {} },
-  )
-  if (options.verbosity >= 0) await put(process.stderr, Buffer.from(hostTable(all)))
-  if (options.report) fs.writeFileSync(options.report, `${JSON.stringify(all.map(runAsJson), null, 2)}\n`)
-  return Math.max(signalled, ...all.filter(({ state }) => state === "ended").map(({ code }) => code))
+  if (options.verbosity >= 0) await put(process.stderr, Buffer.from(hostTable(all())))
+  const ended = all().filter(({ state }) => state === "ended")
+  return Math.max(signalled, ...ended.map(({ code }) => code))
 }
 
 /** The report of one of several hosts: that of its own run, as far as there is one. */
@@ -5793,11 +7275,12 @@ function wordsForOne(
 ): string[] {
   const { options, command } = invocation
   const own = splitOptions(argv)[0]
-    .filter((word) => !/^--(jobs|report|link-suffix)=|^--(fail-fast|tty|no-tty)$/.test(word))
+    .filter((word) => !/^--(jobs|report|link-suffix|materialize)=|^--(fail-fast|tty|no-tty)$/.test(word))
     .flatMap((word) => (/^-[opiFJ]=/.test(word) ? [word.slice(0, 2), word.slice(3)] : [word]))
-  const suffix = `${options.linkSuffix}-${one.host.name.replace(/[^A-Za-z0-9._-]+/g, "-")}`
-  const more = ["--no-tty", `--report=${one.report}`, `--link-suffix=${suffix}`]
-  return [...own, ...more, "--", one.host.name, ...command]
+  const name = one.host.name.replace(/[^A-Za-z0-9._-]+/g, "-")
+  const more = ["--no-tty", `--report=${one.report}`, `--link-suffix=${options.linkSuffix}-${name}`]
+  const files = options.materialize === undefined ? [] : [`--materialize=${options.materialize}/${name}`]
+  return [...own, ...more, ...files, "--", one.host.name, ...command]
 }
 
 type OnOne = Readonly<{
@@ -6019,7 +7502,7 @@ if [ "$depth" = doctor ]; then
   for tool in find stat awk tr xargs tar sed paste mkfifo cmp readlink ps; do
     if command -v "$tool" >/dev/null; then fact "tool.$tool" yes; fi
   done
-  fact rsync "$(rsync --version 2>/dev/null | head -n 1)"
+  fact rsync "$(command -v rsync >/dev/null && rsync --version 2>&1 | head -n 1)"
   fact git "$(git --version 2>/dev/null)"
   fact store "$(nix_command store info --json 2>/dev/null || nix_command store ping --json 2>/dev/null)"
   if [ -w "$(existing "$base")" ]; then fact writable yes; fi
@@ -6420,9 +7903,11 @@ type StoreHere = "takes all" | "takes signed" | "none"
 
 /** What this machine needs. */
 async function examineHere(env: Env): Promise<{ findings: Finding[]; store: StoreHere }> {
-  const tools = ["bash", "ssh", "rsync", "tar"].map((tool) =>
+  const tools = ["bash", "ssh", "tar"].map((tool) =>
     hasProgram(tool, env) ? ok(`${tool} is here`) : problem(`no ${tool} here`, `install ${tool}`),
   )
+  const unfit = unfitRsync(await askRsync(env))
+  tools.push(unfit ? warning(`${unfit} here: files go up by tar`, "install rsync") : ok("rsync is here"))
   const git_ = hasProgram("git", env)
     ? ok("git is here")
     : warning("no git here: flakes in git repositories cannot travel", "install git")
@@ -6529,7 +8014,8 @@ function examineTools(
   const install = (tool: string) =>
     how.over?.(`nix --extra-experimental-features 'nix-command flakes' profile install nixpkgs#${tool}`) ??
     `install ${tool} there`
-  const [rsync, git_] = [facts.get("rsync"), facts.get("git")]
+  const [rsync, git_] = [facts.get("rsync") ?? "", facts.get("git")]
+  const unfit = unfitRsync(rsync)
   const missing = NEEDED_THERE.filter((tool) => !facts.has(`tool.${tool}`))
   const withoutGit =
     how.needsGit === "needed"
@@ -6537,7 +8023,9 @@ function examineTools(
       : warning("no git there: commits of the command do not come home", install("git"))
   const packages = "install coreutils, findutils, diffutils, gawk, gnused, gnutar there"
   return [
-    rsync ? ok(rsync.replace(/\s+/g, " ")) : problem("no rsync there", install("rsync")),
+    unfit
+      ? warning(`${unfit} there: files go up by tar`, install("rsync"))
+      : ok(rsync.replace(/\s+/g, " ")),
     git_ ? ok(git_) : withoutGit,
     missing.length > 0
       ? problem(`no ${missing.join(", ")} there`, packages)
@@ -6799,10 +8287,11 @@ _edict() {
     esac
     return
   fi
-  case $\{words[at]} in nix | nix-* | nixos-*) ;; *) at=$((at + 1)) ;; esac
+  case $\{words[at]} in nix | nix-* | nixos-* | nom | nom-*) ;; *) at=$((at + 1)) ;; esac
   if [ "$at" -eq "$last" ]; then _edict_offer nix nix-build nix-shell nixos-rebuild; fi
+  if [ "$\{words[at]}" = nom ]; then words[at]=nix; fi
   case $\{words[at]} in
-    '' | nix-* | nixos-*) ;;
+    '' | nix-* | nixos-* | nom-*) ;;
     nix) if [ "$at" -lt "$last" ]; then _edict_nix $((last - at)) "$\{words[@]:at}"; fi ;;
     *) if [ "$\{#COMPREPLY[@]}" -eq 0 ]; then _edict_nix $((last - at + 2)) nix run "$\{words[@]:at}"; fi ;;
   esac
@@ -6849,14 +8338,15 @@ _edict() {
     compadd -- $offered
     return
   fi
-  case $typed[at] in nix | nix-* | nixos-*) ;; *) (( at += 1 )) ;; esac
+  case $typed[at] in nix | nix-* | nixos-* | nom | nom-*) ;; *) (( at += 1 )) ;; esac
   if (( at == CURRENT )); then
     compadd -- nix nix-build nix-shell nixos-rebuild
     [[ -z $typed[at] || $typed[at] == nix* ]] && return
   fi
+  if (( at < CURRENT )) && [[ $typed[at] == nom ]]; then typed[at]=nix; fi
   case $typed[at] in
     nix) _edict_nix $(( CURRENT - at )) "$\{(@)typed[at,-1]}" ;;
-    nix-* | nixos-*) _files ;;
+    nix-* | nixos-* | nom-*) _files ;;
     *) _edict_nix $(( CURRENT - at + 2 )) nix run "$\{(@)typed[at,-1]}" ;;
   esac
 }
@@ -6891,8 +8381,11 @@ function __edict_complete
     else if test $at -eq $last; or set -q hosts[1]
         __edict_host "$words[$last]" "$hosts"
     else
-        if not string match -qr '^nix(-.*|os-.*)?$' -- $words[$at]
+        if not string match -qr '^(nix(-.*|os-.*)?|nom(-.*)?)$' -- $words[$at]
             set at (math $at + 1)
+        end
+        if test $at -lt $last; and test "$words[$at]" = nom
+            set words[$at] nix
         end
         __edict_command (math $last - $at) $words[$at..-1]
     end
@@ -6926,7 +8419,7 @@ function __edict_command
     switch $argv[2]
         case nix
             NIX_CONFIG=$features NIX_GET_COMPLETIONS=$argv[1] $argv[2..-1] 2>/dev/null | tail -n +2
-        case 'nix-*' 'nixos-*'
+        case 'nix-*' 'nixos-*' 'nom-*'
             __fish_complete_path $argv[-1]
         case '*'
             NIX_CONFIG=$features NIX_GET_COMPLETIONS=(math $argv[1] + 2) nix run $argv[2..-1] 2>/dev/null | tail -n +2
@@ -7204,6 +8697,27 @@ export function shellQuote(word: string): string {
   return /^[\w./:@+,%-][\w./:@+=,%-]*$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`
 }
 
+/** Text without passwords and tokens in the addresses that it names. */
+export function withoutSecret(text: string): string {
+  return text
+    .replace(/\b((?:[a-z+]+\+)?https?:\/\/)[^\s/@'"]+@/g, "$1***@")
+    .replace(/\b([a-z][a-z0-9+.-]*:\/\/[^\s/:@'"]+):[^\s/@'"]+@/g, "$1:***@")
+    .replace(/([?&](?:access_token|private_token|token|password)=)[^\s&#'"]+/g, "$1***")
+}
+
+/** A command for people, as a shell line: also without the values of secret settings. */
+function shownCommand([program, ...words]: readonly string[]): string {
+  const values = new Set(secretSettings(program!, words).map(({ indices }) => indices.at(-1)))
+  const told = words.map((word, at) => (values.has(at) ? "…" : withoutSecret(word)))
+  return shown([program!, ...told].map(shellQuote).join(" "))
+}
+
+/** An encoded word of a command for -vv: of a variable or a setting only its name. */
+const secretLeftOut = (word: string): string =>
+  /^[ce][\w-]+\\0/.test(word) ? `${word.slice(0, word.indexOf("\\"))}…` : word
+
+const settingName = (line: string): string => line.split(" ", 1)[0]!
+
 /** The candidate that a mistyped word is closest to, if it is close at all. */
 export function nearest(word: string, candidates: readonly string[]): string | undefined {
   const distance = (a: string, b: string): number => {
@@ -7235,54 +8749,320 @@ function say(message: string): void {
   process.stderr.write(`edict: ${message}\n`)
 }
 
+/** The same of what came home: on a terminal the closing line tells it. */
+function noteHome(context: Context, message: string): void {
+  if (context.steps.settles) context.report.notes.push(message)
+  else note(context, message)
+}
+
 function note(context: Context, message: string): void {
   context.report.notes.push(message)
-  if (context.plan.options.verbosity >= 0) say(message)
+  if (context.plan.options.verbosity >= 0) context.steps.say(message)
 }
 
-/** `-v`: a command as a shell line, with its time; scripts as one word. */
-function trace(argv: readonly string[], milliseconds: number): void {
-  const words = argv.map((word) => (word === BOOT_LINE ? "<agent>" : shellQuote(word)))
-  say(`+ ${shown(words.join(" "))}${milliseconds > 0 ? `   # ${(milliseconds / 1000).toFixed(2)} s` : ""}`)
+/** A command that has ended, or, without a time, one that has begun and is talked to. */
+type Started = Readonly<{ argv: readonly string[]; milliseconds?: number }>
+
+/** How the agent, whose script is long, is called in a trace. */
+const AGENT = "<agent>"
+
+/** Where each command that this program starts, and each request to the agent, is heard of. */
+const COMMANDS = diagnostics.channel("edict.commands")
+
+function publishCommand(argv: readonly string[], milliseconds?: number): void {
+  if (COMMANDS.hasSubscribers) COMMANDS.publish({ argv, milliseconds } satisfies Started)
 }
 
-/** A line on the terminal while something takes long: read() gets what the counter says, end() removes the line. */
-type Progress = Readonly<{ counter?: string[]; read: (chunk: string) => void; end: () => void }>
+/** A pipeline with a short word for each script in it. */
+function withoutScripts(line: string): string {
+  const inside = (script: string) => shellQuote(script).slice(1, -1)
+  return line
+    .replaceAll(inside(SEND_SCRIPT), "<pack>")
+    .replaceAll(inside(encodeScript(UNPACK_SCRIPT)), "<unpack>")
+    .replaceAll(inside(BOOT_LINE), AGENT)
+}
+
+/** `-v`: says each command as a shell line, with its time; scripts as one word. */
+function traceCommands(options: Options, steps: Steps): { stop: () => void } {
+  const take = (message: unknown) => {
+    const { argv, milliseconds } = message as Started
+    const isAgent = (word: string) => word === BOOT_LINE || word === AGENT
+    const words = argv.map((word) => (isAgent(word) ? AGENT : shellQuote(withoutScripts(word))))
+    const time = milliseconds === undefined ? "" : `   # ${(milliseconds / 1000).toFixed(2)} s`
+    steps.say(`+ ${shown(words.join(" "))}${time}`)
+  }
+  if (options.verbosity > 0) COMMANDS.subscribe(take)
+  return { stop: () => void COMMANDS.unsubscribe(take) }
+}
+
+/** What --report says, while it is not written: of one host, or of several. */
+type Reporter = { readonly report: Report; several?: () => unknown; readonly write: () => void }
+
+/** The report of a run that has not begun. Throws EdictError if it could not be written in the end. */
+function openReporter({ options, host }: Invocation): Reporter {
+  const file = options.action === "run" ? options.report : undefined
+  if (file !== undefined) checkReport(file)
+  const report: Report = {
+    host: host ?? "",
+    exitCode: EDICT_FAILED,
+    milliseconds: 0,
+    stages: [],
+    bytesUp: 0,
+    bytesDown: 0,
+    resultLinks: [],
+    changed: [],
+    refs: [],
+    conflicts: [],
+    notes: [],
+  }
+  const reporter: Reporter = {
+    report,
+    write: () => {
+      report.milliseconds = Math.round(performance.now())
+      if (file !== undefined) writeReport(file, reporter.several?.() ?? report)
+    },
+  }
+  return reporter
+}
+
+/** Takes what edict failed for into the report. */
+function noteFailure(report: Report, thrown: unknown): void {
+  const error = mendable(thrown)
+  report.exitCode = error instanceof EdictError ? error.exitCode : EDICT_FAILED
+  report.error ??= error instanceof EdictError ? error.message : String(error)
+}
+
+/** Throws EdictError if a report cannot be written to this file: tried with an empty one beside it. */
+function checkReport(file: string): void {
+  try {
+    if (reportPlace(file) === "in place") fs.accessSync(file, fs.constants.W_OK)
+    else replaceReport(file, "try")
+  } catch (error) {
+    const directory = path.dirname(file)
+    throw new EdictError(
+      `the report cannot be written to ${shown(file)}: ${reason(error)}`,
+      fs.existsSync(directory) ? "another --report FILE" : `mkdir -p ${shellQuote(shown(directory))}`,
+    )
+  }
+}
+
+function writeReport(file: string, content: unknown): void {
+  const json = `${JSON.stringify(content, null, 2)}\n`
+  try {
+    if (reportPlace(file) === "in place") fs.writeFileSync(file, json, { flag: "a" })
+    else replaceReport(file, { json })
+  } catch (error) {
+    throw new EdictError(`the report could not be written to ${shown(file)}: ${reason(error)}`)
+  }
+}
+
+/** Pipes, devices and open files (/dev/stdout, >(program) of bash) are written to; a file is replaced as a whole. */
+function reportPlace(file: string): "in place" | "beside" {
+  const stat = fs.statSync(file, { throwIfNoEntry: false })
+  const isOpenFile = /^\/(dev|proc)\//.test(path.resolve(file))
+  return stat !== undefined && !stat.isDirectory() && (isOpenFile || !stat.isFile()) ? "in place" : "beside"
+}
+
+/** Replaces a file, behind links, in one step by one with this content; or only sees whether that would work. */
+function replaceReport(file: string, what: "try" | { json: string }): void {
+  const old = fs.statSync(file, { throwIfNoEntry: false })
+  if (old?.isDirectory()) throw new Error("it is a directory")
+  if (old) fs.accessSync(file, fs.constants.W_OK)
+  const target = old ? fs.realpathSync(file) : path.resolve(file)
+  const temporary = path.join(path.dirname(target), `.${path.basename(target)}.${randomName().slice(0, 8)}`)
+  try {
+    fs.writeFileSync(temporary, what === "try" ? "" : what.json, { flag: "wx", mode: old?.mode ?? 0o666 })
+    if (what !== "try") fs.renameSync(temporary, target)
+  } finally {
+    fs.rmSync(temporary, { force: true })
+  }
+}
+
+/** Something that is being done, and since when by performance.now(). */
+export type Step = Readonly<{ label: string; since: number }>
+
+/** How long the line on the terminal must not show, at the longest. */
+type Hold = "always" | "until bytes flow"
 
 /**
- * Progress through a stream of things with these sizes (bytes): shown after a second, only on a terminal, and counted
+ * The one line on the terminal that says what is being done. It goes before anything else is written there, and does
+ * not show while the terminal is the command's, or a password may be asked for on it. Without a terminal, with -q,
+ * NO_COLOR or TERM=dumb there is none, and all else is plain text.
+ */
+export type Steps = Readonly<{
+  settles: boolean // whether one line at the end says what came home
+  moves: boolean // whether there is a line until then
+  begin: (label: string) => () => void // the answer ends the step
+  count: (line: string) => void // how far a transfer is; "" when it has ended
+  tick: () => void // for work that lets no timer in
+  hold: (how: Hold) => () => void // the answer lets go
+  lend: () => () => void // the terminal is the command's until the answer is called
+  say: (message: string) => void
+  end: () => void
+}>
+
+/** Milliseconds after which a step shows, and between two looks at it. */
+const STEP_SHOWS = 300
+const STEP_RENEWS = 150
+
+/** The line for a run with these options on the terminal behind stderr, if there is one. */
+export function openSteps(options: Pick<Options, "verbosity">, env: Env): Steps {
+  const look = lookOfSteps(options, env)
+  const screen = openScreen(look)
+  const active = new Set<Step>()
+  const holds = new Set<{ how: Hold }>()
+  let counted = ""
+  let timer: ReturnType<typeof setInterval> | undefined
+  const draw = () => {
+    const isHeld = [...holds].some(({ how }) => how === "always" || counted === "")
+    screen.show(isHeld ? "" : counted || stepLine([...active], performance.now()))
+  }
+  const follow = () => {
+    draw()
+    if (active.size > 0 && look === "moving") timer ??= setInterval(draw, STEP_RENEWS)
+    else timer = void clearInterval(timer)
+  }
+  const hold = (how: Hold) => enter(holds, { how }, draw)
+  return {
+    settles: look !== "plain",
+    moves: look === "moving",
+    begin: (label) => enter(active, { label, since: performance.now() }, follow),
+    count: (line) => {
+      counted = line
+      draw()
+    },
+    tick: draw,
+    hold,
+    lend: () => {
+      const release = hold("always")
+      screen.lend()
+      return () => {
+        screen.takeBack()
+        release()
+      }
+    },
+    say: (message) => {
+      screen.say(message)
+      draw()
+    },
+    end: () => {
+      active.clear()
+      counted = ""
+      follow()
+    },
+  }
+}
+
+/** Adds something to a set until the answer is called; `changed` hears of both. */
+function enter<T>(all: Set<T>, one: T, changed: () => void): () => void {
+  all.add(one)
+  changed()
+  return () => {
+    all.delete(one)
+    changed()
+  }
+}
+
+/** What stderr is to look like: lines that come and go, a terminal that keeps what is written, or no terminal. */
+type Screen = "moving" | "settled" | "plain"
+
+function lookOfSteps({ verbosity }: Pick<Options, "verbosity">, env: Env): Screen {
+  if (verbosity < 0 || !isTerminal(2) || (env.TERM || "dumb") === "dumb") return "plain"
+  return env.NO_COLOR ? "settled" : "moving"
+}
+
+/** The terminal behind stderr, and what is on its last line. */
+function openScreen(look: Screen) {
+  let shows = ""
+  let cursor: "at the start" | "anywhere" | "not ours" = "at the start"
+  const columns = () => process.stderr.columns || 80
+  // Where the last line of the command has no end this moves on to the next one; else nothing is to be seen of it.
+  const freshLine = () => {
+    if (cursor !== "at the start" && look === "moving") putOnTerminal(`${" ".repeat(columns())}\r`)
+    if (cursor === "anywhere") cursor = "at the start"
+  }
+  const show = (line: string) => {
+    const cut = line.slice(0, columns() - 1)
+    if (cut === shows || look !== "moving" || (cut !== "" && isInBackground())) return
+    if (cut !== "") freshLine()
+    putOnTerminal(`\r\x1b[K${cut}`)
+    shows = cut
+  }
+  return {
+    show,
+    lend: () => void (cursor = "not ours"),
+    takeBack: () => void (cursor = "anywhere"),
+    say: (message: string) => {
+      show("")
+      freshLine()
+      // With a terminal of its own over there the command has this one without translation of line ends.
+      if (cursor === "not ours" && look !== "plain") putOnTerminal(`edict: ${message}\r\n`)
+      else say(message)
+    },
+  }
+}
+
+/** "edict: results from h, sync back from h, 3 s": what has been going on for long enough to be told; else "". */
+export function stepLine(active: readonly Step[], now: number): string {
+  const due = active.filter(({ since }) => now - since >= STEP_SHOWS)
+  if (due.length === 0) return ""
+  const seconds = Math.floor((now - Math.min(...due.map(({ since }) => since))) / 1000)
+  return `edict: ${due.map(({ label }) => label).join(", ")}${seconds > 0 ? `, ${duration(seconds).replace(".0 s", " s")}` : ""}`
+}
+
+/** Writes to the terminal at once: what follows may come from another process. */
+function putOnTerminal(output: string): void {
+  try {
+    fs.writeSync(2, output)
+  } catch {
+    // it is gone, or full
+  }
+}
+
+/** Whether the terminal belongs to another job of the user's shell. */
+function isInBackground(): boolean {
+  const { symbols } = openLibrary({
+    tcgetpgrp: { args: ["i32"], returns: "i32" },
+    getpgrp: { args: [], returns: "i32" },
+  })
+  const inFront = symbols.tcgetpgrp!(2)
+  return inFront > 0 && inFront !== symbols.getpgrp!()
+}
+
+/** How far a transfer is: read() gets what the counter says, until end(). */
+type Progress = Readonly<{
+  counter?: string[]
+  read: (chunk: string, before?: number) => void // what the counter says, and how many bytes came before it began
+  end: () => void
+}>
+
+/**
+ * Progress through a stream of things with these sizes (bytes): told after a second, only on a terminal, and counted
  * by dd in the pipeline (GNU dd's status=progress), so that no byte passes through this program.
  */
 async function startProgress(context: Context, what: string, sizes: readonly number[]): Promise<Progress> {
-  const wanted =
-    isTerminal(2) &&
-    context.plan.options.verbosity >= 0 &&
-    context.env.TERM !== "dumb" &&
-    (await capture(["dd", "--version"], "may-fail")).includes("coreutils")
+  const wanted = context.steps.moves && (await capture(["dd", "--version"], "may-fail")).includes("coreutils")
   if (!wanted) return { read: () => undefined, end: () => undefined }
   const total = sum(sizes)
   const began = performance.now()
-  let shows = false
-  const read = (chunk: string) => {
+  const read = (chunk: string, before = 0) => {
     // dd: "1048576 bytes (1.0 MB, 1.0 MiB) copied, …"; rsync --info=progress2: "  1,048,576  10%  1.00MB/s …"
     const last =
       chunk
         .trimEnd()
         .split(/[\r\n]/)
         .at(-1) ?? ""
-    const done = Number(
+    const counted = Number(
       (/^(\d+) bytes/.exec(last) ?? /^\s*([\d,]+)\s+\d+%/.exec(last))?.[1]?.replaceAll(",", "") ?? NaN,
     )
     const seconds = (performance.now() - began) / 1000
-    if (Number.isNaN(done) || seconds < 1) return
-    const line = progressLine(what, { sizes, total, done, seconds })
-    process.stderr.write(`\r\x1b[K${line.slice(0, (process.stderr.columns || 80) - 1)}`)
-    shows = true
+    if (Number.isNaN(counted) || seconds < 1) return
+    context.steps.count(progressLine(what, { sizes, total, done: before + counted, seconds }))
   }
   return {
     counter: ["dd", "bs=256k", "status=progress"],
     read,
-    end: () => void (shows && process.stderr.write("\r\x1b[K")),
+    end: () => context.steps.count(""),
   }
 }
 
@@ -7300,7 +9080,421 @@ export function progressLine(
   return `edict: ${finished} of ${sizes.length} ${what}, ${mebi(Math.min(done, total || done))} of ${mebi(total)} MiB, ${mebi(rate)} MiB/s${left}`
 }
 
+/** The packages that edict imports, as bun.lock has them. */
+export const PACKAGES = { "@iarna/toml": "3.0.0", minimist: "1.2.8", zx: "8.8.5" } as const
+
+/**
+ * Imports a package, or a `module` of it. A compiled edict has it inside, and a checkout in node_modules. For a script
+ * that lies alone Bun fetches it (docs: runtime/auto-install): of a bare name the latest version, whatever package.json
+ * says, and ranges fail (Bun 1.4), so an exact one is named. Throws EdictError if it cannot be had.
+ */
+async function load<T>(name: keyof typeof PACKAGES, inside: () => Promise<T>, module = ""): Promise<T> {
+  if (!import.meta.path.endsWith(".ts")) return await inside()
+  const upwards = import.meta.dir.split("/").map((_, depth, all) => all.slice(0, depth + 1))
+  const places = upwards.map((names) => [...names, "node_modules"].join("/"))
+  if (places.some((place) => fs.existsSync(`${place}/${name}`))) return await inside()
+  const wanted = `${name}@${PACKAGES[name]}`
+  try {
+    return (await import(wanted + module)) as T
+  } catch (error) {
+    // In a directory with node_modules, its own or one further up, Bun fetches only if it is told to.
+    const hint = places.some((place) => fs.existsSync(place))
+      ? `bun --install=fallback ${shellQuote(import.meta.path)}, or bun install where it lies`
+      : "see that the registry of npm packages can be reached, or take a compiled edict"
+    throw new EdictError(`Bun cannot fetch ${wanted}: ${reason(error)}`, hint)
+  }
+}
+
 const reason = (error: unknown): string => (error instanceof Error ? shown(error.message) : String(error))
+
+/** Who said it: ssh on its way to a host, a step of edict, or the command over there. */
+export type Speaker = "ssh" | "step" | "command"
+type KnownHost = Pick<Host, "name" | "destination"> & Partial<Pick<Host, "sshOptions" | "sendInputs">>
+type Where = "here" | "there" | "here or there"
+
+/** One thing that users get stuck at. */
+type Trouble = Readonly<{
+  by: readonly Speaker[]
+  pattern: RegExp // of one line, without colours
+  marks?: readonly string[] // words in every line of a command that `pattern` finds, which no colour divides
+  means?: (scene: Scene) => string // in other words, for what a command says
+  remedy: (scene: Scene) => string
+  always?: true // told even if the command ended well
+}>
+type Scene = Readonly<{ host: KnownHost; where: Where; found: readonly (string | undefined)[] }>
+
+/** A line that is known, and what to do about it. */
+export type Explanation = Readonly<{ line: string; means: string; remedy: string; always: boolean }>
+
+const tableOf = (name: string): string => `[hosts.${/^[\w-]+$/.test(name) ? name : JSON.stringify(name)}]`
+const hostAt = (where: Where, { name }: KnownHost): string =>
+  ({ here: "here", there: `on ${name}`, "here or there": `on ${name} or here` })[where]
+
+/** How a host gets at an input that it may not, or cannot, fetch by itself. */
+const otherWay = ({ host }: Scene, way: "by ssh" | "otherwise"): string => {
+  const lent =
+    way === "by ssh" && !host.sshOptions?.includes("-A") ? "-A, which lends it your ssh agent; or " : ""
+  return host.sendInputs
+    ? `${lent}nix flake lock here, first: send-inputs sends what flake.lock has`
+    : `${lent}send-inputs = true in ${tableOf(host.name)}, which fetches locked inputs here and sends them`
+}
+
+/** What ssh says when it does not get there (OpenSSH 9.2 to 10). */
+const SSH_TROUBLES: readonly Trouble[] = [
+  {
+    by: ["ssh"],
+    pattern: /Could not resolve hostname|Name or service not known/,
+    remedy: () => "check the name, or give it an address in ssh_config or the host config",
+  },
+  {
+    by: ["ssh"],
+    pattern: /Host key for (\S+) has changed/,
+    remedy: ({ host, found }) =>
+      `if you know why it changed (otherwise somebody may stand in between): ssh-keygen -R ${shellQuote(found[1]!)} && ssh ${host.destination} true`,
+  },
+  {
+    by: ["ssh"],
+    pattern: /Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED/,
+    remedy: ({ host }) => `ssh ${host.destination} true   # and look at what it says about the key`,
+  },
+  {
+    by: ["ssh"],
+    pattern: /Too many authentication failures/,
+    remedy: ({ host }) =>
+      `edict -o IdentitiesOnly=yes -i KEY ${host.name} …   # it was offered too many keys`,
+  },
+  {
+    by: ["ssh"],
+    pattern: /Permission denied/,
+    remedy: ({ host }) => `ssh ${host.destination} true   # must work first; see ssh-copy-id`,
+  },
+  {
+    by: ["ssh"],
+    pattern: /Session open refused by peer|channel \d+: open failed/,
+    remedy: ({ host }) => `MaxSessions 10 in sshd_config on ${host.name}: it allows no session, or too few`,
+  },
+  {
+    by: ["ssh"],
+    pattern: /timed out|No route|refused|unreachable|Connection (reset|closed)/,
+    remedy: ({ host }) => `ssh -v ${host.destination} true   # is it up, is the port right?`,
+  },
+  {
+    by: ["command"],
+    pattern: /session request failed: Session open refused by peer/,
+    marks: ["Session open refused by peer"],
+    means: ({ host }) => `${host.name} takes too few sessions in one connection, so steps connect anew`,
+    remedy: ({ host }) => `MaxSessions 10 in sshd_config on ${host.name}`,
+    always: true,
+  },
+]
+
+/** What Nix says, from 2.8 to 2.34, and the programs that it starts. The first that fits is the cause. */
+const NIX_TROUBLES: readonly Trouble[] = [
+  {
+    by: ["step", "command"],
+    // The last one is GNU tar's word for a write that ended half-way.
+    pattern: /No space left on device|Disk quota exceeded|database or disk is full|: Wrote only \d+ of \d+ bytes/,
+    marks: ["No space left on device", "Disk quota exceeded", "database or disk is full"],
+    means: ({ host }) => `no space left on ${host.name}`,
+    remedy: ({ host, where }) =>
+      where === "there"
+        ? `free some space on ${host.name}: ssh ${host.destination} nix-collect-garbage, or edict --clean ${shellQuote(host.name)}`
+        : `free some space ${hostAt(where, host)}`,
+  },
+  {
+    by: ["step"],
+    pattern: /lacks a (valid signature|signature by a trusted key)/,
+    remedy: () =>
+      "the store here refuses unsigned paths of this user: sign them on the host by a key that is in trusted-public-keys here, or leave the result there (--no-link)",
+  },
+  {
+    by: ["command"],
+    pattern: /cannot add path '([^']+)' because it lacks a (valid signature|signature by a trusted key)/,
+    marks: ["because it lacks a "],
+    means: ({ host }) => `a store that ${host.name} writes to takes only signed paths from your user there`,
+    remedy: () =>
+      "sign them where they were built (nix store sign --key-file FILE), with the public key in trusted-public-keys of the store that refuses. Its trusted users could say --no-check-sigs, but being one is the same as root there",
+  },
+  {
+    by: ["command"],
+    pattern: /experimental Nix feature '([^']+)' is disabled/,
+    marks: ["experimental Nix feature"],
+    means: ({ host, found }) => `Nix on ${host.name} has ${found[1]} turned off`,
+    remedy: ({ host, found }) =>
+      `--extra-experimental-features ${found[1]}, or extra-experimental-features = ${found[1]} in /etc/nix/nix.conf on ${host.name} (what edict turns on does not get past sudo)`,
+  },
+  {
+    by: ["step", "command"],
+    pattern:
+      /repository path '([^']+)' is not owned by current user|dubious ownership in repository at '([^']+)'|unsafe repository \('([^']+)' is owned by someone else\)/,
+    marks: ["is not owned by current user", "dubious ownership in repository", "is owned by someone else"],
+    means: ({ host, found }) =>
+      `${found[1] ?? found[2] ?? found[3]} belongs to another user on ${host.name}, and git will not read it`,
+    remedy: ({ host, found }) =>
+      `ssh ${host.destination} git config --global --add safe.directory ${shellQuote(found[1] ?? found[2] ?? found[3]!)}   # or chown it`,
+  },
+  {
+    by: ["command"],
+    pattern: /warning: Not a git repository\. Use --no-index to compare/, // Nix 2.8 hides git's own words
+    marks: ["Not a git repository. Use --no-index"],
+    means: ({ host }) => `git on ${host.name} will not read a repository, most likely of another user there`,
+    remedy: ({ host }) =>
+      `ssh ${host.destination} git config --global --add safe.directory PATH   # or chown it`,
+  },
+]
+
+/** What it says of systems: `a 'S' with features {F} is required …` up to 2.26 or later, several lines since then. */
+const SYSTEM_TROUBLES: readonly Trouble[] = [
+  {
+    by: ["command"],
+    pattern:
+      /a '([^']+)' with features \{([^}]*)\} is required to build '[^']*', but I am a '([^']+)' with features/,
+    marks: ["is required to build"],
+    means: ({ host, found }) =>
+      found[1] === found[3]
+        ? `${host.name} lacks one of the system features ${found[2]}`
+        : `this is for ${found[1]}, and ${host.name} is a ${found[3]}`,
+    remedy: ({ found }) =>
+      found[1] === found[3] ? pickBy("features", found[2]!) : pickBy("system", found[1]!),
+  },
+  {
+    by: ["command"],
+    pattern: /^ *Required system: '([^']+)'/,
+    marks: ["Required system: "],
+    means: ({ host, found }) => `this is for ${found[1]}, and ${host.name} is something else`,
+    remedy: ({ found }) => pickBy("system", found[1]!),
+  },
+  {
+    by: ["command"],
+    pattern: /^ *Required features: \{([^}]*)\}/,
+    marks: ["Required features: "],
+    means: ({ host, found }) => `${host.name} lacks one of the system features ${found[1]}`,
+    remedy: ({ found }) => pickBy("features", found[1]!),
+  },
+]
+
+const pickBy = (need: "system" | "features", what: string): string =>
+  `edict --pick --${need} ${what.replaceAll(", ", ",")} @all …, or name a fitting host; its own builders would do, too`
+
+/** What it says when an input cannot be fetched; git and ssh over there speak first. */
+const INPUT_TROUBLES: readonly Trouble[] = [
+  {
+    by: ["command"],
+    pattern: /API rate limit exceeded|secondary rate limit|HTTP error 429/,
+    marks: ["API rate limit exceeded", "secondary rate limit", "HTTP error 429"],
+    means: ({ host }) => `${host.name} has asked too often for a visitor without a name (rate limit)`,
+    remedy: (scene) =>
+      `access-tokens = github.com=TOKEN in ~/.config/nix/nix.conf on ${scene.host.name}; or ${otherWay(scene, "otherwise")}`,
+  },
+  {
+    by: ["command"],
+    pattern: /Host key verification failed\./,
+    marks: ["Host key verification failed."],
+    means: ({ host }) => `${host.name} does not know the host key of the server that an input lies on`,
+    remedy: (scene) =>
+      `ssh-keyscan SERVER >>~/.ssh/known_hosts on ${scene.host.name}, if the key is the right one; or ${otherWay(scene, "otherwise")}`,
+  },
+  {
+    by: ["command"],
+    pattern: /Permission denied \([a-z,-]*(publickey|password)[a-z,-]*\)/,
+    marks: ["Permission denied ("],
+    means: ({ host }) => `${host.name} has no key for the server that an input lies on`,
+    remedy: (scene) => otherWay(scene, "by ssh"),
+  },
+  {
+    by: ["command"],
+    pattern:
+      /unable to download '[^']*': HTTP error 40[134]|The requested URL returned error: 40[134]|could not read (Username|Password) for '|^fatal: repository '[^']*' not found/,
+    marks: ["HTTP error 40", "URL returned error: 40", "could not read ", "fatal: repository '"],
+    means: ({ host }) => `${host.name} has no token or password for an input, or the input is not there`,
+    remedy: (scene) =>
+      `${otherWay(scene, "otherwise")}; or access-tokens or netrc-file in ~/.config/nix/nix.conf on ${scene.host.name}`,
+  },
+  {
+    by: ["command"],
+    pattern:
+      /^ssh: (Could not resolve|connect to)|^fatal: unable to access '.*(resolve|connect)|error: unable to download '.*: .*(resolve|connect|Timeout)/,
+    marks: ["ssh: Could not resolve", "ssh: connect to", "fatal: unable to access", "unable to download "],
+    means: ({ host }) => `${host.name} does not reach a server that it needs`,
+    remedy: (scene) => `if an input lies there: ${otherWay(scene, "otherwise")}`,
+  },
+  {
+    by: ["command"],
+    pattern: /'([^']+)' does not appear to be a git repository|Git repository "([^"]+)" does not exist/,
+    marks: ["does not appear to be a git repository", "Git repository "],
+    means: ({ host, found }) => `there is no repository ${found[1] ?? found[2]} on ${host.name}`,
+    remedy: (scene) => `if it is the input of a flake: ${otherWay(scene, "otherwise")}`,
+  },
+]
+
+/** What it says last of all: git's words for every failure of ssh. */
+const REPOSITORY_TROUBLE: Trouble = {
+  by: ["command"],
+  pattern: /^(fatal: Could not read from remote repository|ERROR: Repository not found)/,
+  marks: ["fatal: Could not read from remote repository", "ERROR: Repository not found"],
+  means: ({ host }) => `${host.name} may not read the repository of an input`,
+  remedy: (scene) => otherWay(scene, "by ssh"),
+}
+
+/** What it says of the machine that it is on, and of what it was not allowed. */
+const MACHINE_TROUBLES: readonly Trouble[] = [
+  {
+    by: ["command"],
+    pattern: /executing ['"]?git['"]?: No such file or directory/,
+    marks: ["executing "],
+    means: ({ host }) => `no git on ${host.name}, and Nix needs it there`,
+    remedy: ({ host }) => `install git there, e.g. ssh ${host.destination} nix profile install nixpkgs#git`,
+  },
+  {
+    by: ["step", "command"],
+    pattern: /cannot connect to socket at '([^']+)'/,
+    marks: ["cannot connect to socket at"],
+    means: ({ host }) => `the Nix daemon on ${host.name} does not run`,
+    remedy: ({ host, where }) =>
+      where === "there" ? `systemctl start nix-daemon on ${host.name}` : "systemctl start nix-daemon",
+  },
+  {
+    by: ["command"],
+    pattern:
+      /opening lock file ['"]\/nix\/var\/[^'"]*['"]: Permission denied|could not set permissions on '\/nix\/var\/[^']*'/,
+    marks: ["opening lock file ", "could not set permissions on"],
+    means: ({ host }) => `your user on ${host.name} may not write to its store, and no Nix daemon does it`,
+    remedy: ({ host }) =>
+      `systemctl start nix-daemon on ${host.name}; or as the user whom the store belongs to: edict USER@${host.destination.replace(/^.*@/, "")} …`,
+  },
+  {
+    by: ["step", "command"],
+    pattern:
+      /sudo: (a terminal is required|a password is required|no tty present|sorry, you must have a tty)/,
+    marks: ["sudo: "],
+    means: ({ host }) => `sudo on ${host.name} asks for a password, and has no terminal to ask on`,
+    remedy: ({ host, where }) =>
+      where === "there"
+        ? `edict --tty ${shellQuote(host.name)} …, or NOPASSWD in sudoers on ${host.name}`
+        : "sudo -v, and the same again; or NOPASSWD in sudoers here for nix-store --import",
+  },
+  {
+    by: ["step"],
+    pattern:
+      /\/bin\/sh: (?:.*: )?(\S+): (?:command )?not found|^zsh:\d+: command not found: (\S+)|^fish: Unknown command: (\S+)/,
+    remedy: ({ host, found }) =>
+      `install ${found[1] ?? found[2] ?? found[3]} on ${host.name}, or put it on the PATH of a non-interactive shell there`,
+  },
+  {
+    by: ["step"],
+    pattern: /is your shell clean\?/,
+    remedy: ({ host }) =>
+      `ssh ${host.destination} true   # must print nothing: see .bashrc and the like there`,
+  },
+  {
+    by: ["command"],
+    pattern: /unexpected EOF reading a line/,
+    marks: ["unexpected EOF reading a line"],
+    means: ({ host }) => `Nix on ${host.name} asked a question, and had nobody to answer`,
+    remedy: () =>
+      "--accept-flake-config if it was about the settings of a flake that you trust; or a terminal",
+  },
+  {
+    by: ["command"],
+    pattern: /ignoring untrusted flake configuration setting '([^']+)'/,
+    marks: ["ignoring untrusted flake configuration setting"],
+    means: ({ host, found }) =>
+      `Nix on ${host.name} passed over settings of the flake (nixConfig), ${found[1]} for one`,
+    remedy: ({ host }) =>
+      `--accept-flake-config behind the command, if you trust the flake; or put them into nix.conf on ${host.name}`,
+    always: true,
+  },
+  {
+    by: ["command"],
+    pattern: /ignoring untrusted substituter '([^']+)'/,
+    marks: ["ignoring untrusted substituter"],
+    means: ({ host, found }) =>
+      `the store of ${host.name} lets your user there choose no substituter: ${found[1]} was not asked`,
+    remedy: ({ host, found }) =>
+      `trusted-substituters = ${found[1]} in /etc/nix/nix.conf on ${host.name}, and its key in trusted-public-keys. A trusted user there would do, too, but that is the same as root there`,
+    always: true,
+  },
+  {
+    by: ["command"],
+    pattern: /ignoring the (?:client|user)-specified setting '([^']+)', because it is a restricted setting/,
+    marks: ["because it is a restricted setting"],
+    means: ({ host, found }) => `the store of ${host.name} does not let your user there set ${found[1]}`,
+    remedy: ({ host, found }) =>
+      `set ${found[1]} in /etc/nix/nix.conf on ${host.name}. A trusted user there could, too, but that is the same as root there`,
+    always: true,
+  },
+]
+
+const TROUBLES = [
+  ...SSH_TROUBLES,
+  ...NIX_TROUBLES,
+  ...SYSTEM_TROUBLES,
+  ...INPUT_TROUBLES,
+  ...MACHINE_TROUBLES,
+  REPOSITORY_TROUBLE,
+]
+
+/** Fixed words: a line of a command's that is explained has one of them. For grep -F. */
+export const TROUBLE_MARKS: readonly string[] = TROUBLES.flatMap(({ marks }) => marks ?? [])
+
+/** What a command goes on after, and no cause of its end. */
+const HARMLESS = /^error \(ignored\): |^warning: (error|could not|unable|failed)|; retrying in /
+
+/** A text without colours, line by line; what a terminal would overwrite is a line, too. */
+const plainLines = (output: string): string[] =>
+  lines(output.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replaceAll("\r", "\n"))
+
+/**
+ * What a text means in which somebody says why it does not work: a line for each cause that is known, the likeliest
+ * first, and what to do. Nothing for a text that says nothing known. `where`: the side that a step failed on.
+ */
+export function explain(
+  output: string,
+  from: Readonly<{ by: Speaker; host?: KnownHost; where?: Where }>,
+): Explanation[] {
+  const { by, host = { name: "here", destination: "here" }, where = "there" } = from
+  const said = plainLines(output).filter((line) => by !== "command" || !HARMLESS.test(line))
+  return TROUBLES.filter((trouble) => trouble.by.includes(by)).flatMap((trouble) => {
+    const found = said.find((text) => trouble.pattern.test(text))
+    if (found === undefined) return []
+    const line = withoutSecret(found)
+    const named = (trouble.pattern.exec(line) ?? []).map((word) => word && shown(word))
+    const scene = { host: { ...host, name: shown(host.name) }, where, found: named }
+    const means = trouble.means?.(scene) ?? ""
+    return [{ line: line.trim(), means, remedy: trouble.remedy(scene), always: trouble.always === true }]
+  })
+}
+
+/** Takes lines that hold a mark, and keeps the first for each trouble, however many there are. */
+type Ear = Readonly<{ hear: (chunk: string) => void; heard: () => string }>
+
+function openEar(): Ear {
+  const known = new Map<Trouble, string>()
+  const listened = TROUBLES.filter(({ by }) => by.includes("command"))
+  let rest = ""
+  return {
+    hear: (chunk) => {
+      const whole = (rest + chunk).split("\n")
+      rest = whole.pop()!.slice(0, LONGEST_LINE)
+      for (const line of whole.flatMap((text) => plainLines(text.slice(0, LONGEST_LINE))))
+        for (const trouble of HARMLESS.test(line) ? [] : listened)
+          if (!known.has(trouble) && trouble.pattern.test(line)) known.set(trouble, line)
+    },
+    heard: () => [...known.values()].join("\n"),
+  }
+}
+
+const LONGEST_LINE = 64 * 1024
+
+/** Says what is known of the reason why the command failed, and what it was denied; its own words stand above. */
+function explainOutcome(context: Context, exitCode: number): void {
+  const { host } = context.plan
+  const known = explain(context.ear.heard(), { by: "command", host })
+  const [denied, causes] = partition(known, ({ always }) => always)
+  const hasFailed = exitCode !== 0 && context.signal === undefined
+  for (const { means, remedy } of [...(hasFailed ? causes.slice(0, 1) : []), ...denied])
+    note(context, `${means}; try: ${remedy}`)
+}
 
 /** Something that the user can mend: what and why, what to type, and the exit code. */
 export class EdictError extends Error {
@@ -7328,13 +9522,13 @@ function mendable(error: unknown): unknown {
 }
 
 /** One line for an error; a bug keeps its stack. Answers the exit code. */
-export function tell(thrown: unknown): number {
+export function tell(thrown: unknown, through: Pick<Steps, "say"> = { say }): number {
   const error = mendable(thrown)
   if (!(error instanceof EdictError)) {
     process.stderr.write(`edict: this is a bug: ${error instanceof Error ? error.stack : String(error)}\n`)
     return EDICT_FAILED
   }
-  say(`${error.message}${error.hint ? `; try: ${error.hint}` : ""}`)
+  through.say(`${error.message}${error.hint ? `; try: ${error.hint}` : ""}`)
   return error.exitCode
 }
 

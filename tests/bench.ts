@@ -664,7 +664,8 @@ async function measureTree(lab: Lab): Promise<Findings> {
     scans.times.push(stageTime(lab, "scan"))
     return milliseconds
   }
-  for (let n = 0; n < 2; n++) await run() // the upload; then files that were too young to be trusted are not any more
+  // The upload; then files that were too young to be trusted are not any more; then both sides remember what they saw.
+  for (let n = 0; n < 4; n++) await run()
   scans.times.length = 0
   const [whole, status] = await inTurns(lab, "tree", [
     { name: "edict --sync", run },

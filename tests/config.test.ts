@@ -33,6 +33,7 @@ require-signatures = true
 import = "sudo"
 compress = true
 substitute = true
+send-inputs = true
 [hosts.small]
 [hosts."odd name.example"]
 speed = 1
@@ -82,6 +83,7 @@ describe("TOML becomes a Config", () => {
           import: "sudo",
           compress: true,
           substitute: true,
+          sendInputs: true,
         },
         small: EMPTY_HOST,
         "odd name.example": EMPTY_HOST,
@@ -104,6 +106,7 @@ describe("TOML becomes a Config", () => {
     import: undefined,
     compress: "auto",
     substitute: false,
+    sendInputs: false,
   }
 
   test("nothing is a config too", async () => {
@@ -158,6 +161,7 @@ describe("TOML becomes a Config", () => {
     ["[hosts.big]\nimport = 'doas'", "hosts.big.import must be", '"sudo", not "doas"'],
     ["[hosts.big]\ncompress = 'yes'", "hosts.big.compress must be", 'true, false or "auto", not "yes"'],
     ["[hosts.big]\nsubstitute = 1", "hosts.big.substitute must be", "true or false, not 1"],
+    ["[hosts.big]\nsend-inputs = 'all'", "hosts.big.send-inputs must be", 'true or false, not "all"'],
     ["default =", "not TOML", ""],
     ["[hosts.big\n", "not TOML", ""],
     ["default = 'a'\ndefault = 'b'", "not TOML", ""],

@@ -63,8 +63,8 @@ describe("what is said of a host", () => {
   const rows: Row[] = [
     [{ nix: "" }, {}, "problem: no Nix there, neither on the PATH of a non-interactive shell nor in a profile; ssh h 'curl"],
     [{ nix: "nix (Nix) 2.3.16" }, {}, "problem: nix (Nix) 2.3.16 at /usr/bin/nix is too old: flakes came with 2.4; ssh h 'curl"],
-    [{ rsync: "" }, {}, "problem: no rsync there; ssh h 'nix --extra-experimental-features"],
-    [{ rsync: "", nix: "nix (Nix) 2.8" }, { toml: 'address = "ssh://u@h:7"' }, "problem: no rsync there; ssh -p 7 u@h 'nix"],
+    [{ rsync: "" }, {}, "warning: no rsync there: files go up by tar; ssh h 'nix --extra-experimental-features"],
+    [{ rsync: "", nix: "nix (Nix) 2.8" }, { toml: 'address = "ssh://u@h:7"' }, "warning: no rsync there: files go up by tar; ssh -p 7 u@h 'nix"],
     [{ git: "" }, {}, "warning: no git there: commits of the command do not come home; ssh h 'nix"],
     [{ git: "", nix: "nix (Nix) 2.19.2" }, {}, "problem: no git there, which this Nix needs for flakes in git; ssh h 'nix"],
     [{ git: "", nix: "nix (Determinate Nix 3.22.2) 2.36.0" }, {}, "warning: no git there"],
@@ -166,7 +166,7 @@ describe("the doctor on real hosts", () => {
   })
 
   test("without rsync; without git", async () => {
-    expect(await examine("norsync")).toContainEqual(expect.stringContaining("problem: no rsync there"))
+    expect(await examine("norsync")).toContainEqual(expect.stringContaining("warning: no rsync there"))
     expect(await examine("nogit")).toContainEqual(
       expect.stringContaining("problem: no git there, which this Nix needs"),
     )

@@ -386,7 +386,7 @@ case "$*" in
   *) "$real" "$@" || exit; [ ! -e "$evil/on" ] || cat "$evil/listing" ;;
 esac`,
   tar: `evil=/tmp/evil/$(basename "$PWD")
-if [ -e "$evil/on" ] && [ -e "$evil/tar" ] && [ "$1" = -cf ]; then
+if [ -e "$evil/on" ] && [ -e "$evil/tar" ] && case " $* " in *' -cf '*) ;; *) false ;; esac; then
   cat >/dev/null
   cat "$evil/tar"
   if [ -e "$evil/endless" ]; then exec yes; fi
@@ -399,9 +399,12 @@ async function installPrograms(lab: Lab): Promise<void> {
   await lab.host.sh(`mkdir -p /tmp/evil && echo ${lab.store} >/tmp/evil/store`)
   for (const [name, text] of Object.entries(PROGRAMS)) {
     const script = `#!/bin/sh\nreal=/run/lab/usr/bin/${name}\n${text}\n`
-    const result = await lab.host.sh(`cat >/usr/local/bin/${name} && chmod +x /usr/local/bin/${name}`, {
-      stdin: script,
-    })
+    const result = await lab.host.sh(
+      `rm -f /usr/local/bin/${name} && cat >/usr/local/bin/${name} && chmod +x /usr/local/bin/${name}`,
+      {
+        stdin: script,
+      },
+    )
     expect(result).toMatchObject({ code: 0, stderr: "" })
   }
 }

@@ -80,6 +80,7 @@ describe("the machines file of Nix", () => {
         import: undefined,
         compress: "auto",
         substitute: false,
+        sendInputs: false,
       },
     })
   })
