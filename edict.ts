@@ -5585,8 +5585,8 @@ async function mergeIndex(context: Context, tree: Tree, changes: GitChanges): Pr
 /** Reads one line, decodes it and runs it; what follows on standard input belongs to that script. */
 export const BOOT_LINE = `exec /bin/sh -c 'IFS= read -r script; eval "$(printf %b "$script")"'`
 
-/** An agent that has not come after 30 seconds never will: the connection was given up between the two. No job of the shell. */
-const AWAIT_AGENT = `[ -e "$run/agent" ] || ( (n=30; while [ -p "$run/go" ] && [ ! -e "$run/agent" ]; do [ "$n" -gt 0 ] || exec echo exit 254 >"$run/go"; n=$((n - 1)); sleep 1; done) </dev/null >/dev/null 2>&1 & );`
+/** An agent that has not come after 20 seconds never will: the connection was given up between the two. No job of the shell. */
+const AWAIT_AGENT = `[ -e "$run/agent" ] || ( (n=20; while [ -p "$run/go" ] && [ ! -e "$run/agent" ]; do [ "$n" -gt 0 ] || exec echo exit 254 >"$run/go"; n=$((n - 1)); sleep 1; done) </dev/null >/dev/null 2>&1 & );`
 
 /** Waits for the script of run `id`; `directory` holds only [A-Za-z0-9._/-]. */
 export const commandLine = (directory: string, id: string): string =>
@@ -6025,8 +6025,8 @@ family() {
   ) 2>/dev/null
 }
 
-# The process group of the command: at a terminal not that of process $1, which started it.
-group() { ps -A -o ppid= -o pgid= | awk -v parent="$1" '$1 == parent { found = $2 } END { print (found ? found : parent) }'; }
+# The process group of the command: at a terminal not that of process $1, which started it. None before and after.
+group() { ps -A -o ppid= -o pgid= | awk -v parent="$1" '$1 == parent { found = $2 } END { if (found) print found }'; }
 
 alive() { for p; do kill -0 "$p" 2>/dev/null && return 0; done; return 1; }
 
@@ -6035,7 +6035,8 @@ stop_command() {
   pid=$(cat "$run/pid" 2>/dev/null) || return 0
   left=$1
   all=$(family "$pid")
-  set -- "-$pid" "-$(group "$pid")"
+  command=$(group "$pid")
+  set -- "-$pid" "-$\{command:-$pid}"
   kill -s TERM -- "$@" 2>/dev/null # at once, so that no script goes on to its next command
   # shellcheck disable=SC2086
   kill -TERM $all 2>/dev/null
@@ -6048,37 +6049,39 @@ stop_command() {
   for _ in 1 2 3; do kill -s KILL $all 2>/dev/null; all=$(family "$pid"); [ -n "$all" ] || break; done # what was just forked, too
 }
 
-# Sets pid to that of the script that started the command, which may have been handed over a moment ago.
-command_pid() {
+# Sets command to the process group of the command, which may have been handed over a moment ago.
+await_group() {
   for _ in 1 2 3 4 5; do
     pid=$(cat "$run/pid" 2>/dev/null)
-    [ -z "$pid" ] || return 0
+    command=$(group "$\{pid:-none}")
+    [ -z "$command" ] || return 0
     sleep 0.2 2>/dev/null || sleep 1
   done
-  return 1
+  command=$pid
+  [ -n "$command" ]
 }
 
 # signal NAME: the command gets it. At a keyboard a second Ctrl-C says that the first was not enough; else time does.
 do_signal() {
-  command_pid || return 0
+  await_group || return 0
   true >"$run/signalled"
-  kill -s "$1" -- "-$(group "$pid")"
+  kill -s "$1" -- "-$command"
   [ "$1" = INT ] || (exec </dev/null >/dev/null 2>&1; sleep_while_running 6 && stop_command 6) &
 }
 
 # Ctrl-Z without a terminal over there. With one, the command stops by itself.
 do_pause() {
-  command_pid || return 0
+  await_group || return 0
   true >"$run/paused"
-  kill -s STOP -- "-$(group "$pid")"
+  kill -s STOP -- "-$command"
 }
 
 # fg, whichever way it was stopped.
 do_resume() {
-  [ -e "$run/paused" ] && command_pid || return 0
+  [ -e "$run/paused" ] && await_group || return 0
   true >"$run/alive"
   rm -f "$run/paused"
-  if [ -e "$run/stopped" ]; then rm -f "$run/stopped"; echo on >"$run/on"; else kill -s CONT -- "-$(group "$pid")"; fi
+  if [ -e "$run/stopped" ]; then rm -f "$run/stopped"; echo on >"$run/on" & else kill -s CONT -- "-$command"; fi
 }
 
 sleep_while_running() {
@@ -6772,6 +6775,7 @@ async function foreground(context: Context, argv: readonly string[], how: Foregr
   const { process_, heard } = startListened(await shell(), context, {
     argv,
     ...how,
+    detached: how.detached && (how.keys !== "each" || keyboard !== undefined), // or it hears of no new size
     stdin: keyboard?.stdin ?? "inherit",
   })
   const end = context.plan.monitor === "none" ? kill : killWithChildren
@@ -6862,6 +6866,7 @@ async function openPseudoTerminal(
   modes: string,
 ): Promise<{ terminal: Bun.Terminal; slave: number } | undefined> {
   const [cols, rows] = windowSize()
+  if (typeof Bun.Terminal !== "function") return undefined // Bun before 1.3.5
   let said = ""
   const data = (_: Bun.Terminal, bytes: Uint8Array) => void (said += Buffer.from(bytes).toString("latin1"))
   const terminal = new Bun.Terminal({ cols, rows, data })
@@ -7092,7 +7097,9 @@ function handleSignals(context: Context): { dispose: () => void } {
     context.keyboard?.use()
     context.session?.tell("resume")
   }
-  context.suspend = () => stop("its group")
+  context.suspend = () => {
+    if (typeof context.keyboard?.stdin === "number") stop("its group") // else there is no Ctrl-Z over there
+  }
   const handlers: [NodeJS.Signals, () => void][] = [
     ["SIGINT", end("SIGINT")],
     ["SIGTERM", end("SIGTERM")],
@@ -9109,7 +9116,7 @@ const reason = (error: unknown): string => (error instanceof Error ? shown(error
 
 /** Who said it: ssh on its way to a host, a step of edict, or the command over there. */
 export type Speaker = "ssh" | "step" | "command"
-type KnownHost = Pick<Host, "name" | "destination"> & Partial<Pick<Host, "sshOptions" | "sendInputs">>
+type KnownHost = Pick<Host, "name" | "destination"> & Partial<Pick<Host, "sshOptions" | "sendInputs" | "knownHosts">>
 type Where = "here" | "there" | "here or there"
 
 /** One thing that users get stuck at. */
@@ -9149,8 +9156,12 @@ const SSH_TROUBLES: readonly Trouble[] = [
   {
     by: ["ssh"],
     pattern: /Host key for (\S+) has changed/,
-    remedy: ({ host, found }) =>
-      `if you know why it changed (otherwise somebody may stand in between): ssh-keygen -R ${shellQuote(found[1]!)} && ssh ${host.destination} true`,
+    remedy: ({ host, found }) => {
+      const forget = host.knownHosts
+        ? "put the new key into the machines file"
+        : `ssh-keygen -R ${shellQuote(found[1]!)} && ssh ${host.destination} true`
+      return `if you know why it changed (otherwise somebody may stand in between): ${forget}`
+    },
   },
   {
     by: ["ssh"],

@@ -1,5 +1,5 @@
 {
-  description = "Run any Nix command on another machine as if it ran here";
+  description = "Run a Nix command on another machine as if it ran here";
 
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixpkgs-unstable";
 

@@ -1,5 +1,5 @@
 /**
- * The test lab: several "machines" on this one, each with its own /nix, /root, /tmp, /etc and processes, and
+ * The test lab: several "machines" on this one, each with its own /nix, /root, /tmp, /srv, /etc and processes, and
  * a real sshd. See namespace.sh for what a machine is made of. Needs root and the programs of setup.sh.
  *
  *     await using h1 = await startHost({ name: "h1" })

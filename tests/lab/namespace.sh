@@ -63,6 +63,7 @@ private_directories() {
   touch "$lab/bin/bun"
   mount --bind "$BUN" "$lab/bin/bun"
   mount -t tmpfs tmpfs /var/log
+  mount -t tmpfs -o mode=755 tmpfs /srv
   mkdir "$dir/etc"
   mount -t tmpfs -o mode=755 tmpfs "$dir/etc" # a disk takes up to a second for so many files
   cp -a /etc/. "$dir/etc"
