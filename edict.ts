@@ -6893,10 +6893,9 @@ function keyReader(
     clearTimeout(later)
     process.off("exit", leave)
     if (reader === undefined) return
-    const { pid, guard } = reader
+    const { end } = reader
     reader = undefined
-    fs.writeSync(guard, "\n")
-    kill(pid, "SIGKILL")
+    end()
     setModes(modes)
   }
   const use = () => {
@@ -6925,7 +6924,16 @@ function startReader(modes: string) {
     for await (const typed of child.stdout) take(typed)
     return (await child.exited) === 0 ? "end of input" : "ended"
   }
-  return { pid: child.pid, guard: Number(child.stdio[3]), read }
+  const end = () => {
+    if (child.exitCode !== null || child.signalCode !== null) return // and the descriptor may be another file's
+    try {
+      fs.writeSync(Number(child.stdio[3]), "\n")
+    } catch {
+      // the guard has ended
+    }
+    child.kill("SIGKILL")
+  }
+  return { read, end }
 }
 
 /** Runs stty on our standard input; answers what it prints, "" if there is none. */
