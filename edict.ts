@@ -5996,15 +5996,27 @@ do_run() {
   (exec </dev/null >/dev/null 2>&1; watchdog) &
 }
 
+# Whether any byte came over this connection in the last 5 seconds.
+was_heard() {
+  # shellcheck disable=SC2086
+  set -- $\{SSH_CONNECTION-}
+  [ "$#" = 4 ] && last=$(ss -tinH "sport = :$4 and dport = :$2" | sed -n 's/.*lastrcv:\([0-9]*\).*/\1/p' | sort -n | sed 1q) && [ "$\{last:-5000}" -lt 5000 ]
+}
+
 # Ends the command when the other side was not heard for 6 seconds: a network may die without a word. It calls every
 # second: so a network may stand still for 5 seconds, or for 3 if it also loses packets (TCP doubles the time between
 # its repetitions). With the second that a process has to end by itself, nothing is left 9 seconds after the last call.
+# Where ss (of Linux) says so, whatever came over the connection counts: calls wait behind what a slow line still has to
+# carry.
 watchdog() {
   quiet=0
   while sleep 1; do
     { [ -d "$run" ] && [ ! -e "$run/reported" ]; } || exit 0
     if [ -e "$run/alive" ] || [ -e "$run/paused" ]; then rm -f "$run/alive"; quiet=0; else quiet=$((quiet + 1)); fi
-    if [ "$quiet" -ge 6 ]; then true >"$run/unheard"; stop_command 2; break; fi
+    if [ "$quiet" -lt 6 ] || was_heard; then continue; fi
+    true >"$run/unheard"
+    stop_command 2
+    break
   done
   sleep 30 # if the network comes back the other side hears what became of the command
   if [ -e "$run/agent" ] && [ ! -e "$run/alive" ]; then kill "$$"; fi

@@ -2,6 +2,7 @@
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test"
 import { existsSync, readFileSync, writeFileSync } from "node:fs"
+import { basename } from "node:path"
 import { shellWords, type Host, type HostOptions } from "./lab/lab"
 import { EDICT, project, type Project, type ProjectOptions } from "./support"
 
@@ -616,6 +617,23 @@ describe("networks", () => {
     expect([result.code, result.stdout]).toEqual([255, "start\n"])
     expect(result.stderr).toMatch(/^edict: h heard nothing from here for 6 seconds, and ended the command/m)
     expect(readFileSync(p.file("version.txt"), "utf8")).toBe("changed\n")
+  })
+
+  test.concurrent("one that has much else to carry harms nothing", async () => {
+    await using p = await begin({ host: { delay: 0 } })
+    const words = [EDICT, ...argvOver("echo start; head -n 24 | tail -n 1; echo went on; exit 6")]
+    const running = p.client.spawn(["sh", "-c", `${shellWords(words)}; exit $?`], { cwd: p.dir })
+    await running.waitFor("start")
+    // Who says that this side is there stands still; what the command reads arrives, by ssh's shared connection.
+    const edict = async (signal: string) => p.client.sh(`pkill -${signal} -x ${basename(EDICT)}`)
+    expect((await edict("STOP")).code).toBe(0)
+    for (let line = 1; line <= 24; line++) {
+      running.write(`line ${line}\n`)
+      await Bun.sleep(500)
+    }
+    await edict("CONT")
+    running.end()
+    expect(await running.result).toMatchObject({ code: 6, stdout: "start\nline 24\nwent on\n" })
   })
 
   test.concurrent("one that stands still for some seconds harms nothing", async () => {
