@@ -2235,7 +2235,8 @@ async function listRepository(tree: Tree, root: string, prefix: Name, env: Env):
   const places: Place[] = []
   const nested: Name[] = []
   const add = (listed: string, kind: "tracked" | "untracked") => {
-    for (const inner of new Set(listed.split("\0").map((name) => name.replace(/\/$/, "")))) {
+    const names = listed.split("\0").map((name) => (name.endsWith("/") ? name.slice(0, -1) : name))
+    for (const inner of new Set(names)) {
       const stat = inner === "" || isOwn(inner) ? undefined : lstat(`${directory}/${inner}`)
       // Result links are this side's own; Nix does not see an untracked one.
       const isOut = kind === "untracked" && stat?.isSymbolicLink() && linksToStore(`${directory}/${inner}`)
@@ -2271,7 +2272,8 @@ function listDirectory(root: string, prefix: Name): Pick<Place, "inner" | "stat"
 }
 
 /** Paths that edict makes itself in a tree outside git. */
-const isOwn = (name: Name): boolean => /(^|\/)\.edict-(conflicts|stage)(-[0-9a-f]+)?(\/|$)/.test(name)
+const isOwn = (name: Name): boolean =>
+  name.includes(".edict-") && /(^|\/)\.edict-(conflicts|stage)(-[0-9a-f]+)?(\/|$)/.test(name)
 
 /** What must go over, given the last agreed state and the tree as it is. */
 export function compareTrees(before: ReadonlyMap<Name, Entry>, now: ReadonlyMap<Name, Source>): Delta {
@@ -6728,7 +6730,13 @@ async function collect(
     how.onErrors?.(chunk.toString("utf8"))
   })
   const { onCtrlC } = how
-  const child = { kill: (signal: NodeJS.Signals) => killWithChildren(process_.pid, signal), onCtrlC }
+  const kill = (signal: NodeJS.Signals) => {
+    killWithChildren(process_.pid, signal)
+    // ssh's shared connection may hold the other ends for as long as something runs over there.
+    process_.stdout.destroy()
+    process_.stderr.destroy()
+  }
+  const child = { kill, onCtrlC }
   how.context?.children.add(child)
   const result = await process_
   how.context?.children.delete(child)
