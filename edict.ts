@@ -3780,15 +3780,15 @@ async function streamPaths(
 type Streaming = Readonly<{ way: "stream" | "sudo"; compress?: string; progress: Progress }>
 
 /** One export over there, one import here. */
-async function streamExport(
-  context: Context,
-  paths: readonly StorePath[],
-  how: Streaming,
-): Promise<void> {
+async function streamExport(context: Context, paths: readonly StorePath[], how: Streaming): Promise<void> {
   const script = `nix-store --export ${paths.map(({ path }) => path).join(" ")}`
   // sudo has a PATH of its own.
   const sudo = ["sudo", Bun.which("nix-store", { PATH: context.env.PATH ?? "" })!]
-  await streamFrom(context, { script, into: [...(how.way === "sudo" ? sudo : ["nix-store"]), "--import"] }, how)
+  await streamFrom(
+    context,
+    { script, into: [...(how.way === "sudo" ? sudo : ["nix-store"]), "--import"] },
+    how,
+  )
 }
 
 /** One path as a NAR, which `nix copy` here takes for the only one of a binary cache: it reads it as it comes. */
@@ -3860,7 +3860,13 @@ export function parseRegistrations(answer: string): Map<string, string> {
   const infos = new Map<string, string>()
   const left = answer.split("\n")
   while (left.length >= 5) {
-    const [storePath, hash, size, deriver, count] = left.splice(0, 5) as [string, string, string, string, string]
+    const [storePath, hash, size, deriver, count] = left.splice(0, 5) as [
+      string,
+      string,
+      string,
+      string,
+      string,
+    ]
     const references = left.splice(0, Number(count))
     const wellFormed =
       [storePath, ...references, ...(deriver === "" ? [] : [deriver])].every(isStorePath) &&
@@ -5675,17 +5681,21 @@ list() (
 )
 
 # What stat says of one path after the other, names between zero bytes.
-stat_each() { if [ "$finder" = bsd ]; then TZ=UTC0 xargs -0 stat -f '%Xp/%i/%z/%Fm/%Fc'; else TZ=UTC0 xargs -0 stat -c '%f/%i/%s/%y/%z'; fi; }
+stat_each() {
+  case $finder in
+    bsd) xargs -0 stat -f '%Xp/%i/%z/%Fm/%Fc' ;;
+    gnu) xargs -0 stat -c '%f/%i/%s/%.9Y/%.9Z' ;;
+    *) TZ=UTC0 xargs -0 stat -c '%f/%i/%s/%y/%z' ;;
+  esac
+}
 
 # Where walking takes long: what stat says of every path of the base, of directories too, two halves at once. As long as
 # that is what it was, the listing is. The first line says which base and which exceptions that holds for.
 basis() { printf '%s\0' "$meta/base" | stat_each && cksum <"$meta/prune"; }
-names() { sed 's,^[^/]*/[^/]*/[^/]*/[^/]*/[^/]*/,,' | tr '\n\001' '\0\n'; }
 stats() (
   cd "$tree" || exit 1
-  half=$(($(wc -l <"$meta/base") / 2))
-  sed "$\{half}q" "$meta/base" | names | stat_each >"$meta/half.$$" &
-  sed "1,$\{half}d" "$meta/base" | names | stat_each >"$meta/other.$$" && wait "$!" && basis && cat "$meta/half.$$" "$meta/other.$$"
+  stat_each <"$meta/names.1" >"$meta/half.$$" &
+  stat_each <"$meta/names.2" >"$meta/other.$$" && wait "$!" && basis && cat "$meta/half.$$" "$meta/other.$$"
   code=$?
   rm -f "$meta/half.$$" "$meta/other.$$"
   exit "$code"
@@ -5705,9 +5715,16 @@ list_again() {
 # Remembers the above after a walk of a large tree that found the base. What changed since the walk began shows: no ctime
 # may be as young as the file that was made before it.
 remember_stats() {
-  [ ! -e "$meta/stats" ] && [ "$(wc -l <"$meta/base")" -gt 2000 ] && cmp -s "$meta/base" "$meta/after" && stats >"$meta/stats.$$" || return 0
+  [ ! -e "$meta/stats" ] && lines=$(wc -l <"$meta/base") && [ "$lines" -gt 2000 ] && was=$(basis) && cmp -s "$meta/base" "$meta/after" || return 0
+  for half in 1 2; do
+    if [ "$half" = 1 ]; then sed "$((lines / 2))q" "$meta/base"; else sed "1,$((lines / 2))d" "$meta/base"; fi |
+      sed 's,^[^/]*/[^/]*/[^/]*/[^/]*/[^/]*/,,' | tr '\n\001' '\0\n' >"$meta/names.$half"
+  done
   began=$(printf '%s\0' "$meta/began" | stat_each)
-  if sed 1,2d "$meta/stats.$$" | awk -F/ -v began="$\{began##*/}" '$5 "" >= began "" { exit 1 }'; then mv "$meta/stats.$$" "$meta/stats"; else rm -f "$meta/stats.$$"; fi
+  # Another run may have begun by now, with another base.
+  if stats >"$meta/stats.$$" && [ "$was" = "$(sed 2q "$meta/stats.$$")" ] && sed 1,2d "$meta/stats.$$" | awk -F/ -v began="$\{began##*/}" '$5 "" >= began "" { exit 1 }'; then
+    mv "$meta/stats.$$" "$meta/stats"
+  else rm -f "$meta/stats.$$"; fi
 }
 
 # Lines of listing $2 that $1 lacks (+), and the other way round (-); links with their text.
@@ -8058,9 +8075,7 @@ function examineTools(
       : warning("no git there: commits of the command do not come home", install("git"))
   const packages = "install coreutils, findutils, diffutils, gawk, gnused, gnutar there"
   return [
-    unfit
-      ? warning(`${unfit} there: files go up by tar`, install("rsync"))
-      : ok(rsync.replace(/\s+/g, " ")),
+    unfit ? warning(`${unfit} there: files go up by tar`, install("rsync")) : ok(rsync.replace(/\s+/g, " ")),
     git_ ? ok(git_) : withoutGit,
     missing.length > 0
       ? problem(`no ${missing.join(", ")} there`, packages)
@@ -9144,7 +9159,8 @@ const reason = (error: unknown): string => (error instanceof Error ? shown(error
 
 /** Who said it: ssh on its way to a host, a step of edict, or the command over there. */
 export type Speaker = "ssh" | "step" | "command"
-type KnownHost = Pick<Host, "name" | "destination"> & Partial<Pick<Host, "sshOptions" | "sendInputs" | "knownHosts">>
+type KnownHost = Pick<Host, "name" | "destination"> &
+  Partial<Pick<Host, "sshOptions" | "sendInputs" | "knownHosts">>
 type Where = "here" | "there" | "here or there"
 
 /** One thing that users get stuck at. */
@@ -9232,7 +9248,8 @@ const NIX_TROUBLES: readonly Trouble[] = [
   {
     by: ["step", "command"],
     // The last one is GNU tar's word for a write that ended half-way.
-    pattern: /No space left on device|Disk quota exceeded|database or disk is full|: Wrote only \d+ of \d+ bytes/,
+    pattern:
+      /No space left on device|Disk quota exceeded|database or disk is full|: Wrote only \d+ of \d+ bytes/,
     marks: ["No space left on device", "Disk quota exceeded", "database or disk is full"],
     means: ({ host }) => `no space left on ${host.name}`,
     remedy: ({ host, where }) =>

@@ -277,7 +277,8 @@ describe("the connection ends", () => {
   test("during the upload: 255, the command does not run, and the next run does all of it", async () => {
     // A host whose rsync says that it begins, and then takes its time. (Hiding one gives it a /usr/bin of its own.)
     await using p = await project({ host: { hide: ["rsync"], delay: 0 } })
-    const slow = '#!/bin/sh\n[ "$1" = --version ] || { touch /root/begun; sleep 3; }\nexec /run/lab/usr/bin/rsync "$@"\n'
+    const slow =
+      '#!/bin/sh\n[ "$1" = --version ] || { touch /root/begun; sleep 3; }\nexec /run/lab/usr/bin/rsync "$@"\n'
     await p.host.sh("cat >/usr/bin/rsync && chmod +x /usr/bin/rsync", { stdin: slow })
     const before = await snapshot(p)
     const running = p.spawn(["h", ...TELLTALE])

@@ -543,7 +543,11 @@ describe("--materialize", () => {
   })
 
   test("Ctrl-C while files come: nothing is left", async () => {
-    await install(p.host, "tar", `case "$*" in *-cf*) "$real" "$@"; sleep 300 ;; *) exec "$real" "$@" ;; esac`)
+    await install(
+      p.host,
+      "tar",
+      `case "$*" in *-cf*) "$real" "$@"; sleep 300 ;; *) exec "$real" "$@" ;; esac`,
+    )
     const running = p.spawn(["--materialize", "../cut", "h", "nix-build", "-A", "env"])
     const stages = () => readdirSync(p.client.outside("/root")).filter((name) => name.includes("stage"))
     for (let i = 0; i < 600 && stages().length === 0; i++) await Bun.sleep(50)
