@@ -4057,9 +4057,12 @@ function checkFree(name: string, cwd: string): void {
   const isEmpty = fs.existsSync(directory) && isEmptyDirectory(directory)
   if (!isEmpty && lstat(bytes(directory))) {
     const old = shown(name.replace(/(?<=.)\/+$/, ""))
+    const move = `mv ${shellQuote(old)} ${shellQuote(`${old}.old`)}   # or name another one`
     throw new UsageError(
       `--materialize: ${shown(name)} is there already, and is no empty directory`,
-      `mv ${shellQuote(old)} ${shellQuote(`${old}.old`)}   # or name another one`,
+      `${cwd}/`.startsWith(`${directory}/`)
+        ? "--materialize out   # a directory that is not there yet"
+        : move,
     )
   }
   const parent = existingParent(isEmpty ? directory : path.dirname(directory))

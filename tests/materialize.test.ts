@@ -451,6 +451,7 @@ describe("--materialize", () => {
       "d/",
       /d\/ is there already, .*; try: mv d d\.old /,
     ],
+    ["the current directory", "touch x", ".", /\. is there already, .*; try: --materialize out /],
     ["a file", "touch f", "f", /f is there already/],
     ["a link to nowhere", "ln -s gone l", "l", /l is there already/],
     ["below a file", "touch g", "g/h", /g\/h cannot be made: nothing can be written to \S+\/g;/],
