@@ -4278,11 +4278,22 @@ async function putFiles(context: Context, laid: readonly Laid[], directory: stri
     const others = fs.readdirSync(directory).filter((name) => name !== path.basename(stage))
     if (others.length > 0)
       throw new EdictError(`${shown(directory)} is no longer empty`, "run it again with another directory")
-    for (const name of fs.readdirSync(buffer(`${stage}/out`), { encoding: "latin1" }))
-      moveFile(`${stage}/out/${name}`, `${bytes(directory)}/${name}`)
+    moveInto(`${stage}/out`, bytes(directory))
   } finally {
     remove()
     process.off("exit", remove)
+  }
+}
+
+/**
+ * Moves what lies in one directory into another (paths byte by byte). What appeared there meanwhile is not replaced,
+ * unless it is an empty directory: throws EEXIST, ENOTDIR or ENOTEMPTY then.
+ */
+export function moveInto(from: Name, directory: Name): void {
+  for (const name of fs.readdirSync(buffer(from), { encoding: "latin1" })) {
+    const [source, to] = [`${from}/${name}`, `${directory}/${name}`]
+    if (lstat(source)?.isDirectory()) moveFile(source, to)
+    else linkOrCopy(source, to)
   }
 }
 

@@ -1,8 +1,18 @@
 // Without Nix here: everything but closures, and the files of results as plain files.
-import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test"
-import { lstatSync, readdirSync, readFileSync, readlinkSync } from "node:fs"
+import {
+  afterAll,
+  afterEach,
+  beforeAll,
+  beforeEach,
+  describe,
+  expect,
+  setDefaultTimeout,
+  test,
+} from "bun:test"
+import { lstatSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from "node:fs"
+import { tmpdir } from "node:os"
 import { join } from "node:path"
-import { bytes, layOut, type Change, type Listing, type Output } from "../edict"
+import { bytes, layOut, moveInto, type Change, type Listing, type Output } from "../edict"
 import { writeInput } from "./lab/flake"
 import { nixAvailable, type Host } from "./lab/lab"
 import { EDICT, project, type Project, type ProjectOptions } from "./support"
@@ -838,4 +848,37 @@ if [ -e /root/endless ]; then exec cat /dev/zero; fi`,
       "find . \\( -path ./.cache -o -path ./.local \\) -prune -o ! -path . -printf '%M %s %p %l\\n' | grep -v /index; cat victim/keep"
     return (await p.client.sh(script)).stdout
   }
+})
+
+describe("moveInto", () => {
+  let place = ""
+  beforeEach(() => void (place = mkdtempSync(join(tmpdir(), "edict-move-"))))
+  afterEach(() => rmSync(place, { recursive: true }))
+
+  const sh = (script: string): string => {
+    const { stdout, stderr } = Bun.spawnSync(["sh", "-euc", script], { cwd: place })
+    return `${stdout}${stderr}`
+  }
+  const move = () => moveInto(bytes(join(place, "from")), bytes(join(place, "to")))
+
+  test("files, links and directories", () => {
+    sh("mkdir -p from/d/e to; echo 1 >from/f; echo 2 >from/d/e/g; ln -s f from/l; ln -s nowhere from/gone")
+    move()
+    expect(sh("cat to/f to/d/e/g to/l; readlink to/gone; ls from/d 2>/dev/null || :")).toBe(
+      "1\n2\n1\nnowhere\n",
+    )
+  })
+
+  test.each([
+    ["a file over a file", "echo new >from/x; echo mine >to/x", "cat to/x"],
+    ["a link over a file", "ln -s new from/x; echo mine >to/x", "cat to/x"],
+    ["a file over a link", "echo new >from/x; echo mine >kept; ln -s ../kept to/x", "cat to/x kept | uniq"],
+    ["a file over a directory", "echo new >from/x; mkdir to/x; echo mine >to/x/y", "cat to/x/y"],
+    ["a directory over a file", "mkdir from/x; echo mine >to/x", "cat to/x"],
+    ["a directory over a full one", "mkdir from/x to/x; echo new >from/x/y; echo mine >to/x/y", "cat to/x/y"],
+  ])("%s that appeared meanwhile: refused", (_, setup, look) => {
+    sh(`mkdir from to; ${setup}`)
+    expect(move).toThrow(/EEXIST|ENOTDIR|ENOTEMPTY/)
+    expect(sh(look)).toBe("mine\n")
+  })
 })
