@@ -7,6 +7,7 @@ import { existsSync, readFileSync } from "node:fs"
 import { join } from "node:path"
 import { SYSTEM, writeFiles } from "./lab/flake"
 import { REPOSITORY, startClient, startHost, type Client, type Host } from "./lab/lab"
+import { SOURCES } from "./sources"
 
 const PROJECT = "/root/project"
 const EDICT_DIRECTORY = join(REPOSITORY, "dist")
@@ -42,23 +43,7 @@ const FLAKE = `{
 }
 `
 
-const FILES = {
-  "flake.nix": FLAKE,
-  ".gitignore": "result\n",
-  "names.txt": "Ada\nGrace\n",
-  "versions.txt": "curl 8.1\n",
-  "integration-test.sh": `#!/bin/sh
-echo "testing on $(hostname)"
-while read -r name; do
-  if [ "$name" = b ]; then echo "$name failed"; code=3; else echo "$name passed"; fi
-done
-exit "\${code:-0}"
-`,
-  "bump-versions.sh": `#!/bin/sh
-sed -i 's/8.1/8.2/' versions.txt
-echo "curl 8.1 -> 8.2" >>changes.txt
-`,
-}
+const FILES = { "flake.nix": FLAKE, ...SOURCES }
 
 /** Stands for nixpkgs: what the host's own registry knows by that name. */
 const STUB = `{
